@@ -1,0 +1,365 @@
+"""Every setting, its default and what it means; YAML files with inheritance, overrides and validation.
+
+Later sources win: the defaults below, the files named by ``BASE``, the file itself, ``--opts``, the flags.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from utils.errors import UserError, did_you_mean
+
+_C = CfgNode()
+
+# YAML files to read first (paths relative to this file)
+_C.BASE = []
+
+_C.DATA = CfgNode()
+# Folder with train/CLASS/* and val/CLASS/* (or validation/)
+_C.DATA.DATA_PATH = ""
+# Images of one process in one micro-batch
+_C.DATA.BATCH_SIZE = 128
+# Height and width of the images that the model sees
+_C.DATA.IMG_SIZE = 224
+# bicubic | bilinear | nearest | lanczos
+_C.DATA.INTERPOLATION = "bicubic"
+# Loader processes of each training process; 0 loads in the training process itself
+_C.DATA.NUM_WORKERS = 8
+# An image that cannot be decoded: error stops the run; skip takes another one and logs the path
+_C.DATA.ON_BAD_IMAGE = "error"
+# Mean and standard deviation of the red, green and blue channel, to normalise with
+_C.DATA.MEAN = [0.485, 0.456, 0.406]
+_C.DATA.STD = [0.229, 0.224, 0.225]
+
+_C.MODEL = CfgNode()
+# Any model that timm knows; CrossFormer's are listed in the README
+_C.MODEL.NAME = "crossformer_small"
+# 0 takes the number of class folders in the data
+_C.MODEL.NUM_CLASSES = 0
+# Checkpoint to carry on from, or to evaluate
+_C.MODEL.RESUME = ""
+# Checkpoint whose weights to start from; the head is new when the number of classes differs
+_C.MODEL.PRETRAINED = ""
+# Dropout before the head
+_C.MODEL.DROP_RATE = 0.0
+# Stochastic depth of the last block; it grows linearly from 0 at the first
+_C.MODEL.DROP_PATH_RATE = 0.2
+# Share of the target spread over all classes
+_C.MODEL.LABEL_SMOOTHING = 0.1
+
+# What differs from the variant MODEL.NAME; 0 or [] keeps the variant's own
+_C.MODEL.CROSSFORMER = CfgNode()
+# Channels of the first stage
+_C.MODEL.CROSSFORMER.EMBED_DIM = 0
+# Blocks of each stage
+_C.MODEL.CROSSFORMER.DEPTHS = []
+# Attention heads of each stage
+_C.MODEL.CROSSFORMER.NUM_HEADS = []
+# Group size of each stage, or a nested list with one for each block
+_C.MODEL.CROSSFORMER.GROUP_SIZE = []
+# Interval of long-distance attention, likewise
+_C.MODEL.CROSSFORMER.INTERVAL = []
+
+_C.TRAIN = CfgNode()
+_C.TRAIN.EPOCHS = 300
+# Epochs of linear warm-up from WARMUP_LR to BASE_LR
+_C.TRAIN.WARMUP_EPOCHS = 20
+# Learning rates are for LR_REFERENCE_BATCH images a step and scale with the global batch
+_C.TRAIN.BASE_LR = 5e-4
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6
+# 0 takes the learning rates as they are, whatever the global batch
+_C.TRAIN.LR_REFERENCE_BATCH = 512
+# Not applied to biases and other 1-d parameters
+_C.TRAIN.WEIGHT_DECAY = 0.05
+# Largest norm of the gradient; 0 does not clip
+_C.TRAIN.CLIP_GRAD = 5.0
+# Micro-batches whose gradients make up one step
+_C.TRAIN.ACCUMULATION_STEPS = 1
+# Recompute activations in the backward pass: less memory, about a third more time
+_C.TRAIN.USE_CHECKPOINT = False
+# torch.compile mode: none | default | reduce-overhead | max-autotune
+_C.TRAIN.COMPILE = "none"
+# Decay of the moving average of the weights, for example 0.9999; 0 keeps none
+_C.TRAIN.EMA_DECAY = 0.0
+# Let the EMA decay grow from 0 over the first steps
+_C.TRAIN.EMA_WARMUP = False
+# Carry on from checkpoints/last.pth of the results folder when it is there
+_C.TRAIN.AUTO_RESUME = True
+# Save last.pth every so many steps; 0 saves it at the end of each epoch only
+_C.TRAIN.SAVE_EVERY_STEPS = 0
+# Evaluate after every so many epochs, and after the last
+_C.TRAIN.EVAL_EVERY_EPOCHS = 1
+
+_C.TRAIN.OPTIMIZER = CfgNode()
+# adamw | sgd | fused_adam | fused_lamb (the last two are NVIDIA apex's)
+_C.TRAIN.OPTIMIZER.NAME = "adamw"
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+# Of sgd, with Nesterov's correction
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+
+_C.TRAIN.LR_SCHEDULER = CfgNode()
+# cosine | linear | step
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"
+# step: multiply by DECAY_RATE every so many epochs after the warm-up
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+_C.AUG = CfgNode()
+# Area of the random crop, as a share of the image
+_C.AUG.SCALE = [0.08, 1.0]
+# Aspect ratio of the random crop
+_C.AUG.RATIO = [0.75, 1.3333333333333333]
+# Probability of a horizontal flip
+_C.AUG.HFLIP = 0.5
+# Strength of colour jitter; AUTO_AUGMENT takes its place unless that is none
+_C.AUG.COLOR_JITTER = 0.4
+# timm's notation, for example rand-m9-mstd0.5-inc1; or none
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+# Random erasing: probability, pixel | rand | const, number of patches
+_C.AUG.REPROB = 0.25
+_C.AUG.REMODE = "pixel"
+_C.AUG.RECOUNT = 1
+# Alpha of mixup and of cutmix; 0 turns one off
+_C.AUG.MIXUP = 0.8
+_C.AUG.CUTMIX = 1.0
+# Smallest and largest share of a cutmix patch, in place of CUTMIX; [] for none
+_C.AUG.CUTMIX_MINMAX = []
+# Probability that a batch is mixed at all, and that it is cutmix when both are on
+_C.AUG.MIXUP_PROB = 1.0
+_C.AUG.MIXUP_SWITCH_PROB = 0.5
+# One draw for each: batch | pair | elem
+_C.AUG.MIXUP_MODE = "batch"
+
+_C.TEST = CfgNode()
+# Resize to 256/224 of IMG_SIZE and crop the centre; False resizes to IMG_SIZE x IMG_SIZE
+_C.TEST.CROP = True
+
+# Precision of the model: auto (bf16 on a GPU that has it, else fp16; none on a CPU) | bf16 | fp16 | none
+_C.AMP = "auto"
+_C.SEED = 0
+# Results go to OUTPUT/MODEL.NAME/TAG
+_C.OUTPUT = "output"
+_C.TAG = "default"
+# Steps between two lines of the log
+_C.PRINT_FREQ = 10
+
+CHOICES = {
+    "AMP": ("auto", "bf16", "fp16", "none"),
+    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
+    "AUG.REMODE": ("pixel", "rand", "const"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest", "lanczos"),
+    "DATA.ON_BAD_IMAGE": ("error", "skip"),
+    "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
+    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
+    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd", "fused_adam", "fused_lamb"),
+}
+
+_ANY = float("inf")
+RANGES = {
+    "AUG.COLOR_JITTER": (0, 1), "AUG.CUTMIX": (0, _ANY), "AUG.HFLIP": (0, 1), "AUG.MIXUP": (0, _ANY),
+    "AUG.MIXUP_PROB": (0, 1), "AUG.MIXUP_SWITCH_PROB": (0, 1), "AUG.RECOUNT": (1, _ANY), "AUG.REPROB": (0, 1),
+    "DATA.BATCH_SIZE": (1, _ANY), "DATA.IMG_SIZE": (1, _ANY), "DATA.NUM_WORKERS": (0, _ANY),
+    "MODEL.DROP_PATH_RATE": (0, 0.999), "MODEL.DROP_RATE": (0, 0.999), "MODEL.LABEL_SMOOTHING": (0, 0.999),
+    "MODEL.NUM_CLASSES": (0, _ANY), "MODEL.CROSSFORMER.EMBED_DIM": (0, _ANY), "PRINT_FREQ": (1, _ANY),
+    "SEED": (0, _ANY), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
+    "TRAIN.CLIP_GRAD": (0, _ANY), "TRAIN.EMA_DECAY": (0, 1), "TRAIN.EPOCHS": (1, _ANY),
+    "TRAIN.EVAL_EVERY_EPOCHS": (1, _ANY), "TRAIN.LR_REFERENCE_BATCH": (0, _ANY),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, _ANY), "TRAIN.LR_SCHEDULER.DECAY_RATE": (0, 1), "TRAIN.MIN_LR": (0, _ANY),
+    "TRAIN.OPTIMIZER.EPS": (0, _ANY), "TRAIN.OPTIMIZER.MOMENTUM": (0, 1), "TRAIN.SAVE_EVERY_STEPS": (0, _ANY),
+    "TRAIN.WARMUP_EPOCHS": (0, _ANY), "TRAIN.WARMUP_LR": (0, _ANY), "TRAIN.WEIGHT_DECAY": (0, _ANY),
+}  # fmt: skip
+
+NUMBER_LISTS = {
+    "AUG.CUTMIX_MINMAX": (0, 2), "AUG.RATIO": (2,), "AUG.SCALE": (2,), "DATA.MEAN": (3,), "DATA.STD": (3,),
+    "TRAIN.OPTIMIZER.BETAS": (2,),
+}  # fmt: skip
+"""Lists of numbers, and how many of them there may be."""
+
+Setting = tuple[str, Any, str]
+"""A key, its value, and where it was set, for errors."""
+
+
+def default_config() -> CfgNode:
+    """Every setting at its default."""
+    return _C.clone()
+
+
+def all_keys(node: CfgNode = _C, prefix: str = "") -> Iterator[str]:
+    """Every setting as ``SECTION.KEY``."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Setting] = ()) -> CfgNode:
+    """The frozen config that a file, ``--opts`` (KEY VALUE ...) and flags make together.
+
+    Raises:
+        UserError: a key is unknown, or a value is of the wrong type or out of range.
+    """
+    config = default_config()
+    origin: dict[str, str] = {}
+    for key, value, source in [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]:
+        _set(config, key, value, source)
+        origin[key] = source
+    config.BASE = []  # what the files say is in the config now
+    _validate(config, origin)
+    config.freeze()
+    return config
+
+
+def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting]:
+    """The settings of a YAML file, those of its ``BASE`` files first."""
+    path_shown, path = path, path.resolve()
+    if path in being_read:
+        raise UserError(f"{path_shown} is its own BASE: {' -> '.join(p.name for p in (*being_read, path))}")
+    try:
+        document = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise UserError(f"config file {path_shown} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path_shown}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
+    settings = list(_settings_of(document, path_shown)) if document else []
+    for key, value, source in settings:
+        if key == "BASE":
+            if not isinstance(value, str | list):
+                raise UserError(f"BASE ({source}) must be a file name or a list of them")
+            for base in [value] if isinstance(value, str) else value:
+                if base:
+                    yield from read_yaml(path_shown.parent / base, (*being_read, path))
+    yield from (setting for setting in settings if setting[0] != "BASE")
+
+
+def _settings_of(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[Setting]:
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}, line {node.start_mark.line + 1}: expected settings as 'KEY: value'")
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        key, source = f"{prefix}{key_node.value}", f"{path}, line {key_node.start_mark.line + 1}"
+        if key in seen:
+            raise UserError(f"setting {key} stands twice ({source}); keep one")
+        seen.add(key)
+        if isinstance(_lookup(key, source), CfgNode):
+            yield from _settings_of(value_node, path, f"{key}.")
+        else:
+            loader = yaml.SafeLoader("")
+            try:
+                yield key, loader.construct_document(value_node), source
+            except yaml.YAMLError as error:
+                raise UserError(f"{key} ({source}): {getattr(error, 'problem', error)}") from error
+
+
+def _pairs(opts: list[str]) -> Iterator[Setting]:
+    if len(opts) % 2:
+        raise UserError(f"--opts takes pairs of KEY VALUE; {opts[-1]} has no partner")
+    for key, text in zip(opts[::2], opts[1::2], strict=True):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+        yield key, text if value is None else value, "--opts"
+
+
+def _lookup(key: str, source: str) -> Any:
+    node: Any = _C
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            sections = {known.rpartition(".")[0] for known in all_keys()} - {""}
+            raise UserError(f"unknown setting {key} ({source}){did_you_mean(key, [*all_keys(), *sections])}")
+        node = node[part]
+    return node
+
+
+def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
+    default = _lookup(key, source)
+    if isinstance(default, CfgNode):
+        keys = ", ".join(f"{key}.{name}" for name in default)
+        raise UserError(f"{key} ({source}) is a section, not a setting; it has {keys}")
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    config[name] = _coerce(key, value, default, source)
+
+
+def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
+    """``value`` as the type of ``default``, where nothing is lost by it."""
+    if value is None and isinstance(default, str | list):
+        return "none" if "none" in CHOICES.get(key, ()) else type(default)()
+    if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            if isfinite(value := float(value)):  # also from 5e-4, which YAML takes for a text
+                return value
+    if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(default, list) and isinstance(value, tuple | list):
+        return list(value)
+    if type(value) is type(default):
+        return value
+    wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+    choices = f" ({' | '.join(CHOICES[key])})" if key in CHOICES else ""
+    example = f", for example {default}" if default not in ("", [], False) and not choices else ""
+    raise UserError(f"{key} must be {wanted[type(default)]}{choices}{example}, not {value!r} ({source})")
+
+
+def get(config: CfgNode, key: str) -> Any:
+    """The value of ``SECTION.KEY``."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _validate(config: CfgNode, origin: dict[str, str]) -> None:
+    def fail(key: str, problem: str) -> None:
+        raise UserError(f"{key} {get(config, key)} ({origin.get(key, 'the default')}): {problem}")
+
+    for key, choices in CHOICES.items():
+        if get(config, key) not in choices:
+            near = did_you_mean(get(config, key), choices)
+            fail(key, f"choose one of {', '.join(choices)}{near}")
+    for key, (low, high) in RANGES.items():
+        value = get(config, key)
+        if not low <= value <= high:
+            fail(key, f"must be at least {low}" if high == _ANY else f"must lie between {low} and {high}")
+    for key, lengths in NUMBER_LISTS.items():
+        value = get(config, key)
+        if len(value) not in lengths or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+            fail(key, f"must be a list of {max(lengths)} numbers, for example {get(_C, key) or [0.2, 0.8]}")
+    for key in ("DEPTHS", "NUM_HEADS", "GROUP_SIZE", "INTERVAL"):
+        for value in config.MODEL.CROSSFORMER[key]:
+            numbers = value if key in ("GROUP_SIZE", "INTERVAL") and isinstance(value, list) else [value]
+            if not numbers or not all(type(n) is int and n >= 1 for n in numbers):
+                fail(f"MODEL.CROSSFORMER.{key}", "must hold whole numbers of at least 1, for example [7, 7, 7, 7]")
+    for key in ("AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX"):
+        value = get(config, key)
+        if value and not 0 < value[0] <= value[1]:
+            fail(key, "must be a smallest value above 0 and a largest")
+    if min(config.DATA.STD) <= 0:
+        fail("DATA.STD", "each must be above 0")
+    if not all(0 <= beta < 1 for beta in config.TRAIN.OPTIMIZER.BETAS):
+        fail("TRAIN.OPTIMIZER.BETAS", "each must be at least 0 and below 1")
+    if config.TRAIN.EMA_DECAY == 1:
+        fail("TRAIN.EMA_DECAY", "must be below 1, for example 0.9999")
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        fail("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
+    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
+        fail("MODEL.PRETRAINED", "give either --resume (carry on a run) or --pretrained (start one), not both")
+    for key in ("MODEL.NAME", "TAG", "OUTPUT"):
+        if not get(config, key) or ".." in Path(get(config, key)).parts:
+            fail(key, "must name a folder, without '..'" if key != "OUTPUT" else "must name a folder")
+
+
+def output_dir(config: CfgNode) -> Path:
+    """Where the results of a run go."""
+    return Path(config.OUTPUT) / config.MODEL.NAME / config.TAG

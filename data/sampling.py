@@ -1,0 +1,67 @@
+"""Which images make up which batch: a pure function of (seed, epoch, step) and of how the ranks share the work."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from utils.randomness import derive_seed
+
+Key = tuple[int, int]
+"""(epoch, index): what :class:`data.dataset.ImageDataset` takes."""
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of the data set in ``epoch``, a permutation of ``range(size)``.
+
+    numpy keeps the stream of this older generator the same in all versions.
+    """
+    return np.random.RandomState(derive_seed(seed, "order", epoch) & 0xFFFFFFFF).permutation(size)
+
+
+class TrainBatches(Sampler[list[Key]]):
+    """The micro-batches of one rank from step ``first_step`` to ``last_step`` (exclusive), over all their epochs.
+
+    An epoch is one permutation of the data set, cut into global batches of ``batch_size * accumulation * world_size``;
+    the remainder is left out. Of a global batch the rank takes its contiguous slice.
+    """
+
+    def __init__(self, size: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int):
+        self.size = size
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.rank = rank
+        self.global_batch = batch_size * accumulation * world_size
+        self.steps_per_epoch = size // self.global_batch
+        self.seed = seed
+        self.first_step = self.last_step = 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = -1
+        for step in range(self.first_step, self.last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.seed, epoch, self.size)
+            start = step % self.steps_per_epoch * self.global_batch
+            start += self.rank * self.batch_size * self.accumulation
+            for micro_step in range(self.accumulation):
+                micro_batch = order[start + micro_step * self.batch_size :][: self.batch_size]
+                yield [(epoch, i) for i in micro_batch.tolist()]
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulation
+
+
+class EvalBatches(Sampler[list[Key]]):
+    """Every image exactly once over all ranks: rank r takes r, r + world_size, ...; nothing is padded or dropped."""
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int):
+        self.mine = range(rank, size, world_size)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.mine), self.batch_size):
+            yield [(0, i) for i in self.mine[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)

@@ -1,0 +1,55 @@
+"""A model on its device, ready for a loop."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import build_model
+from utils.distributed import world_size
+from utils.errors import UserError
+from utils.randomness import seed_everything
+
+
+def prepare_model(config, num_classes: int, device: torch.device) -> nn.Module:
+    """The configured model with its initial weights, which depend on the seed alone."""
+    seed_everything(device, config.SEED, "weights")
+    model = build_model(config, num_classes)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def compile_in_place(config, model: nn.Module) -> None:
+    """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay."""
+    if config.TRAIN.COMPILE != "none":
+        model.compile(mode=config.TRAIN.COMPILE)
+
+
+def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as each of several processes trains it; the model itself in a single process."""
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
+
+
+@torch.no_grad()
+def giga_macs(model: nn.Module, image_size: int, device: torch.device) -> float:
+    """Multiply-accumulates of one forward pass of one image, in units of 1e9.
+
+    Raises:
+        UserError: the model does not take images of this size.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"DATA.IMG_SIZE {image_size}: the model does not take it: {error}") from error
+    finally:
+        model.train(was_training)
+    return counter.get_total_flops() / 2e9

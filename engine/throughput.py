@@ -1,0 +1,132 @@
+"""How fast the configured model runs on this device, on synthetic images."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from config import output_dir
+from engine.model import compile_in_place, giga_macs, prepare_model
+from engine.precision import choose_precision
+from engine.train import build_criterion
+from optimizer import build_optimizer
+from utils.distributed import world_size
+from utils.errors import UserError
+from utils.logger import RunLog
+from utils.meters import peak_memory_bytes
+
+WARM_UP_RUNS = 3
+REPEATS = 10
+SECONDS_PER_REPEAT = 0.5
+TRAIN_STEP_MACS = 3  # a backward pass computes two products for each one of the forward pass
+
+
+def run_throughput(config, device: torch.device) -> dict:
+    """``--throughput``: time the forward pass and the training step; prints a table, appends to throughput.json."""
+    if world_size() > 1:
+        raise UserError("--throughput times one device: start it without torchrun")
+    precision = choose_precision(config, device)
+    classes = config.MODEL.NUM_CLASSES or 1000
+    model = prepare_model(config, classes, device)
+    gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
+    optimizer, scaler = build_optimizer(config, model), precision.scaler()
+    criterion = build_criterion(config, soft_targets=False)
+    compile_in_place(config, model)
+
+    batch_size, size = config.DATA.BATCH_SIZE, config.DATA.IMG_SIZE
+    images = torch.randn(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    targets = torch.randint(classes, (batch_size,), device=device)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        with precision.autocast():
+            model(images)
+
+    def training_step() -> None:
+        with precision.autocast():
+            loss = criterion(model(images), targets)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    log = RunLog(output_dir(config), config, "throughput")
+    result = {
+        "model": config.MODEL.NAME,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gmac": gmac,
+        "image_size": size,
+        "batch_size": batch_size,
+        "precision": precision.name,
+        "compile": config.TRAIN.COMPILE,
+        "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    for name, run, training, macs in (
+        ("forward", forward, False, 1),
+        ("training_step", training_step, True, TRAIN_STEP_MACS),
+    ):
+        model.train(training)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        milliseconds = time_repeatedly(run, device)
+        median = statistics.median(milliseconds)
+        result[name] = {
+            "images_per_second": 1e3 * batch_size / median,
+            "milliseconds": {"median": median, "min": min(milliseconds), "max": max(milliseconds)},
+            "tflops": 2 * macs * gmac * batch_size / median,  # GMAC / ms is TMAC / s
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+    print_table(result)
+    with open(log.folder / "throughput.json", "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    log.message(f"results in {log.folder / 'throughput.json'}")
+    log.close()
+    return result
+
+
+def time_repeatedly(run: Callable[[], None], device: torch.device) -> list[float]:
+    """Milliseconds of one run: REPEATS figures, each the mean over about SECONDS_PER_REPEAT, after a warm-up."""
+    for _ in range(WARM_UP_RUNS):
+        run()
+    runs = max(1, round(SECONDS_PER_REPEAT * 1e3 / _mean_milliseconds(run, 1, device)))
+    return [_mean_milliseconds(run, runs, device) for _ in range(REPEATS)]
+
+
+def _mean_milliseconds(run: Callable[[], None], runs: int, device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(runs):
+        run()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start) / runs
+
+
+def print_table(result: dict) -> None:
+    """The result for a person."""
+    table = Table(
+        title=f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  {result['gmac']:.2f} GMAC at "
+        f"{result['image_size']}\n{result['precision']}  batch {result['batch_size']}  compile {result['compile']}  "
+        f"{result['device']}"
+    )
+    for column in ("", "images/s", "ms (median)", "ms (min - max)", "TFLOP/s", "peak memory"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for name in ("forward", "training_step"):
+        row, ms = result[name], result[name]["milliseconds"]
+        table.add_row(
+            name.replace("_", " "),
+            f"{row['images_per_second']:,.1f}",
+            f"{ms['median']:,.1f}",
+            f"{ms['min']:,.1f} - {ms['max']:,.1f}",
+            f"{row['tflops']:.3f}",
+            f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        )
+    Console().print(table)

@@ -1,0 +1,28 @@
+"""Learning-rate schedules: pure functions of the step, which counts from 0. Source: the published recipe."""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def cosine(base_lr: float, min_lr: float, total_steps: int) -> Schedule:
+    """Half a cosine from ``base_lr`` at step 0 to ``min_lr`` at ``total_steps``; a warm-up hides its beginning."""
+    return lambda step: min_lr + 0.5 * (base_lr - min_lr) * (1 + math.cos(math.pi * min(step / total_steps, 1)))
+
+
+def linear(base_lr: float, min_lr: float, total_steps: int, warmup_steps: int) -> Schedule:
+    """A straight line from ``base_lr`` at ``warmup_steps`` to ``min_lr`` at ``total_steps``."""
+    return lambda step: base_lr + (min_lr - base_lr) * (step - warmup_steps) / (total_steps - warmup_steps)
+
+
+def step_decay(base_lr: float, decay_rate: float, decay_steps: int, warmup_steps: int) -> Schedule:
+    """``base_lr``, multiplied by ``decay_rate`` after every ``decay_steps`` that follow the warm-up."""
+    return lambda step: base_lr * decay_rate ** ((step - warmup_steps) // decay_steps)
+
+
+def with_warmup(schedule: Schedule, warmup_lr: float, base_lr: float, warmup_steps: int) -> Schedule:
+    """A straight line from ``warmup_lr`` to ``base_lr`` for ``warmup_steps``, then ``schedule`` where it has got to."""
+    return lambda step: (
+        warmup_lr + (base_lr - warmup_lr) * step / warmup_steps if step < warmup_steps else schedule(step)
+    )

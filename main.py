@@ -1,0 +1,114 @@
+"""Train, evaluate or time a model: ``python main.py --cfg FILE [flags]``, or the same under ``torchrun``."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from config import build_config
+from utils import distributed
+from utils.errors import UserError, did_you_mean
+
+APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
+
+
+LAUNCH = {"train": "train", "evaluate": "run_evaluation", "throughput": "run_throughput"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UserError`."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see python main.py --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags. One that is not given changes nothing, so none has a default."""
+    p = Parser(
+        prog="main.py",
+        description="Train, evaluate or time CrossFormer, or any other model that timm knows.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        epilog="ImageNet on 8 GPUs: torchrun --nproc_per_node 8 main.py --cfg configs/small.yaml --data-path /imagenet",
+    )
+    p.add_argument("--cfg", metavar="FILE", help="settings as YAML, for example configs/small.yaml")
+    p.add_argument("--opts", metavar="KEY VALUE", nargs="+", action="extend", help="settings, for example AUG.MIXUP 0")
+    mode = p.add_mutually_exclusive_group()
+    mode.add_argument("--eval", action="store_true", help="evaluate the checkpoint --resume FILE instead of training")
+    mode.add_argument("--throughput", action="store_true", help="time the model on synthetic images; needs no data")
+
+    def flag(name: str, key: str, **kwargs) -> None:
+        p.add_argument(name, dest=key, **kwargs)
+
+    flag("--data-path", "DATA.DATA_PATH", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
+    flag("--batch-size", "DATA.BATCH_SIZE", metavar="N", type=int, help="images of a process in a micro-batch")
+    flag("--resume", "MODEL.RESUME", metavar="FILE", help="checkpoint to carry on from, or to evaluate")
+    flag("--pretrained", "MODEL.PRETRAINED", metavar="FILE", help="checkpoint whose weights to start from")
+    flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", metavar="N", type=int, help="micro-batches of a step")
+    flag("--use-checkpoint", "TRAIN.USE_CHECKPOINT", action="store_true", help="recompute activations to save memory")
+    flag("--disable_amp", "AMP", action="store_const", const="none", help="compute in single precision")
+    p.add_argument(
+        "--amp-opt-level", metavar="O0", help="of the removed apex.amp: O0 is --disable_amp; use AMP instead"
+    )
+    flag("--optim", "TRAIN.OPTIMIZER.NAME", metavar="NAME", help="adamw, sgd, fused_adam or fused_lamb")
+    flag("--seed", "SEED", metavar="N", type=int, help="what every random choice is derived from")
+    flag("--output", "OUTPUT", metavar="DIR", help="results go to OUTPUT/MODEL.NAME/TAG")
+    flag("--tag", "TAG", metavar="NAME", help="name of the run")
+    return p
+
+
+def parse(arguments: list[str]):
+    """The config and the mode (``train``, ``evaluate`` or ``throughput``) that the command line asks for."""
+    p = parser()
+    known, unknown = p.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in p._actions for option in action.option_strings]
+        raise UserError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
+    given = vars(known)
+    mode = "evaluate" if given.pop("eval", False) else "throughput" if given.pop("throughput", False) else "train"
+    cfg_file, opts = given.pop("cfg", ""), given.pop("opts", [])
+    level = given.pop("amp_opt_level", None)
+    if level == "O0":
+        given["AMP"] = "none"
+    elif level is not None:
+        native = {"O1": "--opts AMP bf16 (or fp16)", "O2": "--opts AMP bf16 (or fp16)"}.get(level)
+        if native is None:
+            raise UserError(f"--amp-opt-level {level} is not one of O0, O1, O2")
+        raise UserError(APEX_AMP.format(level, native))
+    dashes = {action.dest: action.option_strings[0] for action in p._actions if action.option_strings}
+    flags = [(key, value, dashes[key]) for key, value in given.items()]
+    return build_config(cfg_file, opts, flags), mode
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        try:
+            config, mode = parse(arguments)
+        except UserError as error:
+            raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
+        launch = importlib.import_module(f"engine.{mode}")  # takes seconds, so only once the command line is right
+        device = distributed.start()
+        getattr(launch, LAUNCH[mode])(config, device)
+        return 0
+    except distributed.AgreedError as error:
+        if distributed.is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except UserError as error:
+        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        if distributed.is_main():
+            print("\nstopped; the same command carries on from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    if status and distributed.world_size() > 1:
+        os._exit(status)  # other ranks may be waiting in a collective: torchrun ends them when this one is gone
+    distributed.stop()
+    sys.exit(status)

@@ -1,0 +1,42 @@
+"""From a config to a model."""
+
+import timm
+from torch import nn
+
+from utils.errors import UserError, did_you_mean
+
+ARCHITECTURE = {
+    "EMBED_DIM": "embed_dim",
+    "DEPTHS": "depths",
+    "NUM_HEADS": "num_heads",
+    "GROUP_SIZE": "group_size",
+    "INTERVAL": "interval",
+}
+"""Settings under MODEL.CROSSFORMER, and the arguments of :class:`models.crossformer.CrossFormer` they set."""
+
+
+def build_model(config, num_classes: int) -> nn.Module:
+    """The model that ``config.MODEL`` describes, with ``num_classes`` classes; any model that timm knows will do."""
+    name = config.MODEL.NAME
+    if not timm.is_model(name):
+        raise UserError(f"MODEL.NAME {name} is not a model that timm knows{did_you_mean(name, timm.list_models())}")
+    settings = {key: config.MODEL.CROSSFORMER[key] for key in ARCHITECTURE if config.MODEL.CROSSFORMER[key]}
+    if settings and not name.startswith("crossformer"):
+        raise UserError(f"MODEL.CROSSFORMER.{next(iter(settings))} is set, but MODEL.NAME {name} is no CrossFormer")
+    try:
+        model = timm.create_model(
+            name,
+            num_classes=num_classes,
+            drop_rate=config.MODEL.DROP_RATE or None,
+            drop_path_rate=config.MODEL.DROP_PATH_RATE or None,  # not every model has it
+            **{ARCHITECTURE[key]: value for key, value in settings.items()},
+        )
+    except ValueError as error:
+        argument, _, rest = str(error).partition(" ")
+        key = next((key for key, name in ARCHITECTURE.items() if name == argument), None)
+        if key is None:
+            raise
+        raise UserError(f"MODEL.CROSSFORMER.{key} {rest}") from error
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing(True)
+    return model

@@ -1,0 +1,606 @@
+"""CrossFormer and CrossFormer++: vision transformers whose attention crosses scales.
+
+Sources: CrossFormer, arXiv 2108.00154 (ICLR 2022); CrossFormer++, arXiv 2303.06908 (TPAMI 2023).
+
+Token maps are ``(B, H, W, C)`` throughout. State-dict keys are those of the published checkpoints.
+The table of variants is at the end of the file; every variant is registered with timm.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MIN_IMAGE_SIZE = 32
+PATCH_KERNELS = (4, 8, 16, 32)
+PATCH_STRIDE = 4
+REDUCTION_KERNELS = (2, 4)
+REDUCTION_STRIDE = 2
+ACL_PERIOD = 3
+
+PerBlock = int | Sequence[int]
+"""A setting of one stage: a number for all its blocks, or one number for each block."""
+
+
+class Grouping(NamedTuple):
+    """How an ``(height, width)`` token map is cut into groups that attend among themselves.
+
+    A group holds ``rows x columns`` tokens that lie ``interval`` apart in both directions. Short-distance attention
+    is interval 1. Source: CrossFormer, section 3.2.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    interval: int
+
+    @classmethod
+    def of(cls, height: int, width: int, group_size: int, interval: int) -> "Grouping":
+        """The grouping of a map; one that is no larger than a group on its short side is a single group."""
+        if min(height, width) <= group_size:
+            return cls(height, width, height, width, 1)
+        return cls(height, width, group_size, group_size, interval)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Rows to add at the bottom and columns to add on the right before the map can be cut."""
+        return -self.height % (self.rows * self.interval), -self.width % (self.columns * self.interval)
+
+    def group(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B * groups, rows * columns, C)``, padded with zeros."""
+        bottom, right = self.padding
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        return rearrange(
+            x,
+            "b (rh gh ih) (rw gw iw) c -> (b rh rw ih iw) (gh gw) c",
+            gh=self.rows, gw=self.columns, ih=self.interval, iw=self.interval,
+        )  # fmt: skip
+
+    def ungroup(self, tokens: Tensor) -> Tensor:
+        """The inverse of :meth:`group`; what was padded is cut off."""
+        bottom, right = self.padding
+        x = rearrange(
+            tokens,
+            "(b rh rw ih iw) (gh gw) c -> b (rh gh ih) (rw gw iw) c",
+            gh=self.rows, gw=self.columns, ih=self.interval, iw=self.interval,
+            rh=(self.height + bottom) // (self.rows * self.interval),
+            rw=(self.width + right) // (self.columns * self.interval),
+        )  # fmt: skip
+        return x[:, : self.height, : self.width] if bottom or right else x
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The distinct offsets between two tokens of a group, and which of them each pair of tokens has.
+
+        Returns:
+            offsets ``((2 * rows - 1) * (2 * columns - 1), 2)`` of (dy, dx) in steps of the interval, query minus key,
+            and an index ``(N, N)`` from (query, key) into them, N = rows * columns.
+        """
+        if torch.compiler.is_compiling():  # the compiler folds these; a cache would make it compile again
+            return _offsets(self.rows, self.columns, device)
+        return _cached_offsets(self.rows, self.columns, device)
+
+    def key_mask(self, device: torch.device) -> Tensor | None:
+        """0 where a key is a token and -inf where it is padding, ``(groups, 1, 1, N)``; None when nothing is padded.
+
+        A group without a single token is left unmasked: its output is cut off, and a softmax over nothing but
+        -inf would put NaN into the gradient.
+        """
+        if self.padding == (0, 0):
+            return None
+        return _key_mask(self, device) if torch.compiler.is_compiling() else _cached_key_mask(self, device)
+
+
+def _offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    all_dy, all_dx = torch.arange(1 - rows, rows, device=device), torch.arange(1 - columns, columns, device=device)
+    offsets = torch.cartesian_prod(all_dy, all_dx).float()
+    dy = (y[:, None] - y[None, :] + rows - 1)[:, None, :, None]
+    dx = (x[:, None] - x[None, :] + columns - 1)[None, :, None, :]
+    index = (dy * (2 * columns - 1) + dx).reshape(rows * columns, rows * columns)
+    return offsets, index
+
+
+def _key_mask(grouping: Grouping, device: torch.device) -> Tensor:
+    is_token = grouping.group(torch.ones(1, grouping.height, grouping.width, 1, device=device)) > 0
+    is_padding = ~is_token & is_token.any(dim=1, keepdim=True)
+    mask = torch.zeros(is_padding.shape, device=device).masked_fill_(is_padding, float("-inf"))
+    return rearrange(mask, "groups n 1 -> groups 1 1 n")
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _cached_offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _offsets(rows, columns, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _cached_key_mask(grouping: Grouping, device: torch.device) -> Tensor:
+    return _key_mask(grouping, device)
+
+
+class DynamicPositionBias(nn.Module):
+    """An MLP from the offset between two tokens to one attention bias for each head.
+
+    Because it is a function of the offset, group size and image size are free. Source: CrossFormer, section 3.3.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.pos_proj = nn.Linear(2, dim)
+        self.pos1 = self._layer(dim, dim)
+        self.pos2 = self._layer(dim, dim)
+        self.pos3 = self._layer(dim, num_heads)
+
+    @staticmethod
+    def _layer(dim: int, out_dim: int) -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(dim), nn.ReLU(inplace=True), nn.Linear(dim, out_dim))
+
+    def forward(self, offsets: Tensor) -> Tensor:
+        """``(offsets, 2)`` to ``(offsets, heads)``."""
+        return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
+
+
+class CrossScaleAttention(nn.Module):
+    """Multi-head self-attention within the groups of a :class:`Grouping`, with a dynamic position bias.
+
+    Source: CrossFormer, section 3.2 and equation 1.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.pos = DynamicPositionBias(dim // 16, num_heads)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self._cached_bias: tuple[tuple, Tensor] | None = None
+
+    def train(self, mode: bool = True):
+        self._cached_bias = None
+        return super().train(mode)
+
+    def _compute_bias(self, grouping: Grouping, dtype: torch.dtype) -> Tensor:
+        parameter = self.pos.pos_proj.weight
+        offsets, index = grouping.offsets(parameter.device)
+        table = self.pos(offsets.to(parameter.dtype))
+        bias = table.t()[:, index.reshape(-1)].reshape(1, self.num_heads, *index.shape)
+        return bias.to(dtype)
+
+    def position_bias(self, grouping: Grouping, dtype: torch.dtype) -> Tensor:
+        """The bias of each pair of tokens in a group, ``(1, heads, N, N)``.
+
+        In evaluation without gradients the last one is kept until the mode or the weights change. A write through
+        ``parameter.data`` that keeps the storage cannot be seen: call ``model.eval()`` after it.
+        """
+        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not cacheable or self.pos.pos_proj.weight.is_inference():
+            return self._compute_bias(grouping, dtype)
+        weights = tuple((p.data_ptr(), p._version) for p in self.pos.parameters())
+        key = (grouping.rows, grouping.columns, dtype, self.pos.pos_proj.weight.device, weights)
+        if self._cached_bias is None or self._cached_bias[0] != key:
+            self._cached_bias = key, self._compute_bias(grouping, dtype)
+        return self._cached_bias[1]
+
+    def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
+        """``(B, H, W, C)`` to the same shape."""
+        tokens = grouping.group(x)
+        q, k, v = rearrange(self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        bias = self.position_bias(grouping, q.dtype)
+        mask = grouping.key_mask(x.device)
+        if mask is not None:
+            bias = (bias + mask.to(bias.dtype)).repeat(len(tokens) // len(mask), 1, 1, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return grouping.ungroup(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+
+
+class CrossFormerBlock(nn.Module):
+    """Pre-norm attention and pre-norm MLP, each with stochastic depth; in CrossFormer++ some end with an ACL.
+
+    The amplitude cooling layer (ACL) is a depthwise 3x3 convolution and a LayerNorm without a residual.
+    Sources: CrossFormer, section 3; CrossFormer++, section 3.4.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        group_size: int,
+        interval: int,
+        mlp_ratio: float,
+        drop_path: float,
+        amplitude_cooling: bool,
+    ):
+        super().__init__()
+        self.group_size = group_size
+        self.interval = interval
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = CrossScaleAttention(dim, num_heads)
+        self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if amplitude_cooling else None
+        self.ex_ln = nn.LayerNorm(dim) if amplitude_cooling else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape."""
+        grouping = Grouping.of(x.shape[1], x.shape[2], self.group_size, self.interval)
+        x = x + self.drop_path(self.attn(self.norm1(x), grouping))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.ex_conv is not None:
+            x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Cross-scale embedding layer of the image: patches of four sizes around the same centres.
+
+    Larger kernels get fewer channels: D/2, D/4, D/8, D/8. Source: CrossFormer, section 3.1.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int):
+        super().__init__()
+        dims = embed_dim // 2, embed_dim // 4, embed_dim // 8, embed_dim // 8
+        self.projs = nn.ModuleList(
+            nn.Conv2d(in_chans, dim, kernel, stride=PATCH_STRIDE, padding=(kernel - PATCH_STRIDE) // 2)
+            for dim, kernel in zip(dims, PATCH_KERNELS, strict=True)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
+        x = torch.cat([proj(x) for proj in self.projs], dim=1)
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Cross-scale embedding layer between two stages: halves the map, doubles the channels.
+
+    Source: CrossFormer, section 3.1.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reductions = nn.ModuleList(
+            nn.Conv2d(dim, dim, kernel, stride=REDUCTION_STRIDE, padding=(kernel - REDUCTION_STRIDE) // 2)
+            for kernel in REDUCTION_KERNELS
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H // 2, W // 2, 2C)``."""
+        x = self.norm(x).permute(0, 3, 1, 2)
+        return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)
+
+
+class Stage(nn.Module):
+    """The blocks that work at one resolution, and the down-sampling to the next (the caller applies it)."""
+
+    def __init__(self, blocks: Sequence[CrossFormerBlock], downsample: nn.Module):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape; ``downsample`` is not applied."""
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class CrossFormer(nn.Module):
+    """CrossFormer and CrossFormer++ for classification and dense features, on any image of at least 32 x 32.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes of the head; 0 for none.
+        global_pool: ``avg``, or an empty string to leave the token map as it is.
+        embed_dim: channels of the first stage, a multiple of 16; each stage doubles them.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage; each divides its stage's channels.
+        group_size: G of each stage, or for a stage a sequence with the G of each block (progressive group size).
+        interval: I of each stage, likewise; it is used by every second block (long-distance attention).
+        mlp_ratio: hidden channels of the MLP over its channels.
+        amplitude_cooling: end every third block but a stage's last with an amplitude cooling layer (CrossFormer++).
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Raises:
+        ValueError: an argument does not describe a network; the message starts with the argument's name.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        group_size: Sequence[PerBlock] = (7, 7, 7, 7),
+        interval: Sequence[PerBlock] = (8, 4, 2, 1),
+        mlp_ratio: float = 4.0,
+        amplitude_cooling: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        _check_architecture(embed_dim, depths, num_heads)
+        group_sizes = _for_each_block("group_size", group_size, depths)
+        intervals = _for_each_block("interval", interval, depths)
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=PATCH_STRIDE * REDUCTION_STRIDE**i, module=f"layers.{i}")
+            for i, dim in enumerate(dims)
+        ]
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim)
+        self.layers = nn.ModuleList()
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            blocks = [
+                CrossFormerBlock(
+                    dim=dim,
+                    num_heads=num_heads[i],
+                    group_size=group_sizes[i][j],
+                    interval=1 if j % 2 == 0 else intervals[i][j],  # short-distance, then long-distance attention
+                    mlp_ratio=mlp_ratio,
+                    drop_path=drop_path_rates[i][j].item(),
+                    amplitude_cooling=amplitude_cooling and (j + 1) % ACL_PERIOD == 0 and j < depth - 1,
+                )
+                for j in range(depth)
+            ]
+            self.layers.append(Stage(blocks, PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()))
+        self.norm = nn.LayerNorm(self.num_features)
+        self.global_pool = _check_global_pool(global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters to exempt from weight decay besides biases and 1-d ones: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """How parameters fall into layers, from the image to the head (timm's layer-wise learning rates)."""
+        blocks = [
+            (r"^layers\.(\d+)\.downsample", (0,)),
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping what it computed."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one for ``num_classes`` (0 for none)."""
+        if global_pool is not None:
+            self.global_pool = _check_global_pool(global_pool)
+        self.num_classes = num_classes
+        weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else self.patch_embed.norm.weight
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.to(device=weight.device, dtype=weight.dtype).apply(_init_weights)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The map after each stage, before its down-sampling, at reductions 4, 8, 16 and 32.
+
+        Args:
+            x: images ``(B, 3, H, W)``.
+            indices: which stages; the last n for a number, all for None.
+            norm: apply the final norm to the last stage's map.
+            stop_early: skip the stages after the last wanted one.
+            output_fmt: ``NCHW`` or ``NHWC``.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            the maps, or the final features (as :meth:`forward_features`) and the maps.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is not one of NCHW, NHWC")
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        intermediates = []
+        x = self._embed(x)
+        for i, stage in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
+            features = stage(x)
+            last = i == len(self.layers) - 1
+            if i in take_indices:
+                taken = self.norm(features) if norm and last else features
+                intermediates.append(taken.permute(0, 3, 1, 2) if output_fmt == "NCHW" else taken)
+            x = self.norm(features) if last else stage.downsample(features)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of ``indices`` do not need; returns the indices, counted from the front."""
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        cut = max_index < len(self.layers) - 1
+        self.layers = self.layers[: max_index + 1]
+        self.layers[-1].downsample = nn.Identity()
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _embed(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
+            raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
+        return self.patch_embed(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` to normalised tokens ``(B, H // 32, W // 32, C)``."""
+        x = self._embed(x)
+        for stage in self.layers:
+            x = stage.downsample(stage(x))
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens ``(B, H, W, C)`` to logits ``(B, classes)``, or to what the head sees when ``pre_logits``."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(1, 2))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` to logits ``(B, classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Linear layers as in the paper; convolutions and norms keep torch's default."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _check_global_pool(global_pool: str) -> str:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"global_pool {global_pool!r} is not one of 'avg', ''")
+    return global_pool
+
+
+def _check_architecture(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:
+    if embed_dim < 16 or embed_dim % 16:
+        nearest = max(16, round(embed_dim / 16) * 16)
+        raise ValueError(f"embed_dim {embed_dim} is not a multiple of 16; the nearest is {nearest}")
+    if not depths or min(depths) < 1:
+        raise ValueError(f"depths {list(depths)} must give each stage at least 1 block")
+    if len(num_heads) != len(depths):
+        raise ValueError(f"num_heads {list(num_heads)} has {len(num_heads)} entries for {len(depths)} stages")
+    for i, heads in enumerate(num_heads):
+        dim = embed_dim * 2**i
+        if heads < 1 or dim % heads:
+            nearest = min((h for h in range(1, dim + 1) if dim % h == 0), key=lambda h: abs(h - heads))
+            raise ValueError(
+                f"num_heads {list(num_heads)}: {heads} heads do not divide the width {dim} of stage {i + 1}; "
+                f"the nearest number that does is {nearest}"
+            )
+
+
+def _for_each_block(name: str, values: Sequence[PerBlock], depths: Sequence[int]) -> list[list[int]]:
+    if len(values) != len(depths):
+        raise ValueError(f"{name} {list(values)} has {len(values)} entries for {len(depths)} stages")
+    expanded = [[v] * depth if isinstance(v, int) else list(v) for v, depth in zip(values, depths, strict=True)]
+    for stage, (stage_values, depth) in enumerate(zip(expanded, depths, strict=True), start=1):
+        if len(stage_values) != depth:
+            raise ValueError(f"{name} gives stage {stage} {len(stage_values)} numbers for its {depth} blocks")
+        if any(not isinstance(v, int) or v < 1 for v in stage_values):
+            raise ValueError(f"{name} {list(values)}: every number must be at least 1 (stage {stage})")
+    return expanded
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """A published state dict with this module's keys.
+
+    Takes off the prefixes ``module.`` and ``backbone.``, and drops the buffers of older files that are computed here.
+    """
+    computed_here = "attn.biases", "attn.relative_position_index"
+    return {
+        key.removeprefix("module.").removeprefix("backbone."): value
+        for key, value in state_dict.items()
+        if not key.endswith(computed_here)
+    }
+
+
+VARIANTS = {
+    "crossformer_micro": dict(
+        embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), group_size=(4, 4, 4, 4), interval=(2, 1, 1, 1)
+    ),
+    "crossformer_tiny": dict(embed_dim=64, depths=(1, 1, 8, 6), num_heads=(2, 4, 8, 16)),
+    "crossformer_small": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "crossformer_base": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "crossformer_large": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "crossformerpp_small": dict(embed_dim=64, depths=(2, 2, 18, 2), num_heads=(2, 4, 8, 16)),
+    "crossformerpp_base": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "crossformerpp_large": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "crossformerpp_huge": dict(embed_dim=128, depths=(6, 6, 18, 2), num_heads=(4, 8, 16, 32)),
+}
+"""The table of variants: what differs from the defaults of :class:`CrossFormer`."""
+
+CROSSFORMERPP = dict(group_size=(4, 4, 14, 7), interval=(4, 2, 1, 1), amplitude_cooling=True)
+"""What every CrossFormer++ variant has besides (progressive group size and amplitude cooling)."""
+
+
+def _default_cfg(image_size: int = 224) -> dict:
+    return dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, image_size, image_size),
+        min_input_size=(3, MIN_IMAGE_SIZE, MIN_IMAGE_SIZE),
+        pool_size=(image_size // 32, image_size // 32),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv=tuple(f"patch_embed.projs.{i}" for i in range(len(PATCH_KERNELS))),
+        classifier="head",
+        license="mit",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _default_cfg(image_size=32 if name == "crossformer_micro" else 224) for name in VARIANTS}
+)
+
+
+def _register(name: str, architecture: dict) -> None:
+    if name.startswith("crossformerpp"):
+        architecture = {**architecture, **CROSSFORMERPP}
+
+    def create(pretrained: bool = False, **kwargs) -> CrossFormer:
+        return build_model_with_cfg(
+            CrossFormer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+            **{**architecture, **kwargs},
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"{name}: {architecture}."
+    globals()[name] = register_model(create)
+
+
+for _name, _architecture in VARIANTS.items():
+    _register(_name, _architecture)

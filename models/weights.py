@@ -1,0 +1,79 @@
+"""Put the weights of a checkpoint into a model."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from models.crossformer import VARIANTS, checkpoint_filter_fn
+from utils.errors import UserError
+
+
+class Loaded(NamedTuple):
+    """What :func:`load_weights` has done."""
+
+    matched: int
+    new_head: bool
+    classes_in_file: int | None
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, keep_trunk_only: bool) -> Loaded:
+    """Copy ``state_dict`` (published, ours or from timm) into ``model``; every weight must match.
+
+    Args:
+        model: a timm model.
+        state_dict: its keys may carry a prefix, see :func:`models.crossformer.checkpoint_filter_fn`.
+        source: where it came from, for errors.
+        keep_trunk_only: when the number of classes differs, leave the head as it is instead of raising.
+
+    Raises:
+        UserError: a weight is missing, left over or of another shape.
+    """
+    weights = checkpoint_filter_fn(state_dict)
+    own = model.state_dict()
+    head = f"{model.pretrained_cfg['classifier']}."
+    classes_in_file = len(weights[f"{head}weight"]) if f"{head}weight" in weights else None
+    new_head = classes_in_file != model.num_classes
+    if new_head and not keep_trunk_only:
+        raise UserError(
+            f"{classes_in_file or 'no'} classes in {source}, {model.num_classes} wanted here: "
+            "to keep the trunk and start a new head use --pretrained instead of --resume"
+        )
+    if new_head:
+        weights = {key: value for key, value in weights.items() if not key.startswith(head)}
+        own = {key: value for key, value in own.items() if not key.startswith(head)}
+    difference = _difference(own, weights)
+    if difference:
+        raise UserError(f"{source} does not fit the model: {difference}{_advice(weights)}")
+    model.load_state_dict(weights, strict=not new_head)
+    return Loaded(len(weights), new_head, classes_in_file)
+
+
+def _difference(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
+    missing, left_over = own.keys() - weights.keys(), weights.keys() - own.keys()
+    if missing or left_over:
+        example = min(missing or left_over)
+        kind = "lacks" if missing else "has but the model lacks"
+        return f"it {kind} {example} ({len(missing)} weights missing, {len(left_over)} left over)"
+    for key, value in own.items():
+        if value.shape != weights[key].shape:
+            return f"{key} is {tuple(weights[key].shape)} in the file, {tuple(value.shape)} in the model"
+    return ""
+
+
+def _advice(weights: dict[str, Tensor]) -> str:
+    """Which variant the weights belong to, if one of ours."""
+    norm = weights.get("patch_embed.norm.weight")
+    if norm is None:
+        return ""
+    depths = []
+    while any(key.startswith(f"layers.{len(depths)}.") for key in weights):
+        prefix = f"layers.{len(depths)}.blocks."
+        depths.append(
+            1 + max((int(k[len(prefix) :].split(".")[0]) for k in weights if k.startswith(prefix)), default=0)
+        )
+    family = "crossformerpp_" if any(".ex_conv." in key for key in weights) else "crossformer_"
+    for name, architecture in VARIANTS.items():
+        same = architecture["embed_dim"] == len(norm) and list(architecture["depths"]) == depths
+        if same and name.startswith(family):
+            return f"; it holds {name} (embed_dim {len(norm)}): set MODEL.NAME {name}"
+    return f"; it has embed_dim {len(norm)} and depths {depths}"

@@ -1,0 +1,53 @@
+"""From a config and a model to an optimizer."""
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from utils.errors import UserError
+
+APEX_HINT = (
+    "needs NVIDIA apex, which is built from source (https://github.com/NVIDIA/apex#installation); "
+    "without it use TRAIN.OPTIMIZER.NAME adamw, which is fused on a GPU"
+)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: with weight decay, and without (biases, other 1-d parameters, ``model.no_weight_decay()``)."""
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            (undecayed if is_exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def build_optimizer(config, model: nn.Module) -> Optimizer:
+    """The optimizer that ``config.TRAIN.OPTIMIZER`` names, over the model's parameters.
+
+    The learning rate is set at each step by the training loop.
+    """
+    settings = config.TRAIN.OPTIMIZER
+    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY)
+    adam = dict(lr=config.TRAIN.BASE_LR, betas=tuple(settings.BETAS), eps=settings.EPS)
+    match settings.NAME:
+        case "adamw":
+            return torch.optim.AdamW(groups, fused=True, **adam)
+        case "sgd":
+            nesterov = settings.MOMENTUM > 0
+            return torch.optim.SGD(
+                groups, lr=config.TRAIN.BASE_LR, momentum=settings.MOMENTUM, nesterov=nesterov, fused=True
+            )
+        case "fused_adam":
+            return _apex().FusedAdam(groups, adam_w_mode=True, **adam)
+        case "fused_lamb":
+            return _apex().FusedLAMB(groups, **adam)
+
+
+def _apex():
+    try:
+        import apex.optimizers
+    except ImportError as error:
+        raise UserError(f"TRAIN.OPTIMIZER.NAME fused_adam and fused_lamb: {APEX_HINT}") from error
+    return apex.optimizers

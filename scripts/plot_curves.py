@@ -1,0 +1,74 @@
+"""Draw the loss, accuracy and learning rate of a run: ``python scripts/plot_curves.py RESULTS_FOLDER``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def read_events(metrics: Path) -> tuple[list[dict], list[dict]]:
+    """The training and the evaluation lines of a ``metrics.jsonl``."""
+    events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    train = [e for e in events if e["event"] == "train"]
+    evaluations = [e for e in events if e["event"] == "eval" and "checkpoint" not in e]
+    return train, evaluations
+
+
+def draw(train: list[dict], evaluations: list[dict], title: str, path: Path) -> None:
+    """Three panels over the step, as a PNG."""
+    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure.suptitle(title)
+    steps = [e["step"] for e in train]
+    loss.plot(steps, [e["loss"] for e in train], linewidth=1, label="training (augmented, smoothed labels)")
+    for weights, style in (("model", "o-"), ("ema", "s--")):
+        mine = [e for e in evaluations if e["weights"] == weights]
+        if mine:
+            at = [e["step"] for e in mine]
+            loss.plot(at, [e["loss"] for e in mine], style, markersize=3, label=f"validation ({weights})")
+            accuracy.plot(at, [e["top1"] for e in mine], style, markersize=3, label=f"top-1 ({weights})")
+            accuracy.plot(at, [e["top5"] for e in mine], style, markersize=3, alpha=0.5, label=f"top-5 ({weights})")
+    if evaluations:
+        best = max(evaluations, key=lambda e: e["top1"])
+        accuracy.annotate(
+            f"best top-1 {best['top1']:.2f} %",
+            (best["step"], best["top1"]),
+            xytext=(0, -30),
+            textcoords="offset points",
+            ha="right",
+            arrowprops=dict(arrowstyle="->", linewidth=0.8),
+        )
+        accuracy.legend()
+    rate.plot(steps, [e["lr"] for e in train], linewidth=1)
+    loss.legend()
+    for axis, label in ((loss, "cross entropy"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="results folder of a run, with metrics.jsonl")
+    folder = parser.parse_args().folder
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        print(
+            f"error: {metrics} is not there; give the results folder of a run (OUTPUT/MODEL.NAME/TAG)", file=sys.stderr
+        )
+        return 2
+    train, evaluations = read_events(metrics)
+    if not train:
+        print(f"error: {metrics} has no line about training yet", file=sys.stderr)
+        return 2
+    draw(train, evaluations, f"{folder.parent.name}, run {folder.name}", folder / "curves.png")
+    print(f"curves in {folder / 'curves.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: set up, train micro on scikit-learn's handwritten digits, evaluate, draw the curves.
+# It may be run again: a training that was stopped carries on, one that is done is only evaluated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+
+python scripts/make_digits.py quickstart/digits
+processes=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the CPU processes share the cores
+run() { torchrun --standalone --nproc_per_node "$processes" main.py --cfg configs/micro.yaml --output quickstart "$@"; }
+results=quickstart/crossformer_micro/digits
+
+# 32 images a step, however many processes there are
+start=$SECONDS
+run --data-path quickstart/digits --tag digits --batch-size $((32 / processes))
+seconds=$((SECONDS - start))
+run --data-path quickstart/digits --tag digits_eval --eval --resume $results/checkpoints/best.pth
+python scripts/plot_curves.py $results
+
+top1=$(tail -n 1 quickstart/crossformer_micro/digits_eval/metrics.jsonl | python -c 'import json; print(f"{json.loads(input())["top1"]:.2f}")')
+cat <<TXT
+
+Top-1 on the digits: $top1 %, after $seconds s of training on $processes processes
+Curves:   $results/curves.png   (tensorboard --logdir $results/tensorboard)
+Results:  $results
+
+Next, ImageNet on 8 GPUs:
+    torchrun --nproc_per_node 8 main.py --cfg configs/small.yaml --data-path /imagenet
+TXT

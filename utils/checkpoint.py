@@ -1,0 +1,74 @@
+"""Files that hold tensors: written atomically, read without running anything they carry."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from utils.errors import UserError
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    """Write ``content`` so that ``path`` holds either what it held before or all of the new content."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+class DamagedFile(UserError):
+    """A file that was to hold tensors is cut short or is not such a file."""
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU.
+
+    Nothing in the file is executed: besides tensors and plain containers only yacs' ``CfgNode`` (a dict, which
+    published checkpoints carry) is allowed.
+
+    Raises:
+        DamagedFile: the file is missing, damaged or not a checkpoint.
+        UserError: the file asks for code to be run.
+    """
+    if not os.path.isfile(path):
+        raise DamagedFile(f"{path} is not a file; expected a checkpoint (.pth)")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([CfgNode]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            refused = str(error).split("GLOBAL ")[-1].split(" ")[0]
+            raise UserError(
+                f"{path} is refused: it asks to run code ({refused}) when it is opened; "
+                "get the file from a source you trust, saved as a plain state dict"
+            ) from error
+        raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error
+    except Exception as error:  # the reader meets arbitrary bytes and fails in arbitrary ways
+        raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint (a dict)")
+    return content
+
+
+def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
+    """The model's weights in the content of a checkpoint file: under ``model`` or ``state_dict``, or the file itself."""
+    state_dict = content.get("model", content.get("state_dict", content))
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise DamagedFile(f"{path} holds no weights; expected a state dict, or a dict with one under 'model'")
+    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise DamagedFile(f"{path} is not a checkpoint: its state dict holds things that are not tensors")
+    return state_dict
