@@ -58,7 +58,8 @@ def run_evaluation(config, device: torch.device) -> None:
             candidates["ema"] = content["ema"]
         precision = choose_precision(config, device)
         log = RunLog(output_dir(config), config, "evaluate")
-    loaders.val.on_bad_image = log.bad_image if config.DATA.ON_BAD_IMAGE == "skip" else loaders.val.on_bad_image
+    if config.DATA.ON_BAD_IMAGE == "skip":
+        loaders.val.on_bad_image = log.bad_image
     compile_in_place(config, model)
     for weights, state_dict in candidates.items():
         with agreement():

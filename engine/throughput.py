@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -64,15 +65,11 @@ def run_throughput(config, device: torch.device) -> dict:
         "precision": precision.name,
         "compile": config.TRAIN.COMPILE,
         "use_checkpoint": config.TRAIN.USE_CHECKPOINT,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": describe_device(device),
         "torch": torch.__version__,
     }
-    for name, run, training, macs in (
-        ("forward", forward, False, 1),
-        ("training_step", training_step, True, TRAIN_STEP_MACS),
-    ):
+    loops = (("forward", forward, False, 1), ("training_step", training_step, True, TRAIN_STEP_MACS))
+    for name, run, training, macs in loops:
         model.train(training)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -90,6 +87,13 @@ def run_throughput(config, device: torch.device) -> dict:
     log.message(f"results in {log.folder / 'throughput.json'}")
     log.close()
     return result
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or how many threads of the CPU are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def time_repeatedly(run: Callable[[], None], device: torch.device) -> list[float]:
@@ -113,11 +117,13 @@ def _mean_milliseconds(run: Callable[[], None], runs: int, device: torch.device)
 def print_table(result: dict) -> None:
     """The result for a person."""
     table = Table(
-        title=f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  {result['gmac']:.2f} GMAC at "
+        title=f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  {result['gmac']:.3g} GMAC at "
         f"{result['image_size']}\n{result['precision']}  batch {result['batch_size']}  compile {result['compile']}  "
-        f"{result['device']}"
+        f"{result['device']}",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for column in ("", "images/s", "ms (median)", "ms (min - max)", "TFLOP/s", "peak memory"):
+    for column in ("", "images/s", "median ms", "min - max ms", "TFLOP/s", "peak memory"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name in ("forward", "training_step"):
         row, ms = result[name], result[name]["milliseconds"]
@@ -126,7 +132,7 @@ def print_table(result: dict) -> None:
             f"{row['images_per_second']:,.1f}",
             f"{ms['median']:,.1f}",
             f"{ms['min']:,.1f} - {ms['max']:,.1f}",
-            f"{row['tflops']:.3f}",
+            f"{row['tflops']:.3g}",
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         )
     Console().print(table)

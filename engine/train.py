@@ -155,10 +155,12 @@ def describe(config, model: nn.Module, gmac: float, precision: Precision, loader
     """The first line of a run."""
     device = precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    parameters = sum(p.numel() for p in model.parameters())
+    images, classes = len(loaders.train.dataset), len(loaders.classes)
     return (
-        f"{config.MODEL.NAME}  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters  {gmac:.2f} GMAC at "
-        f"{config.DATA.IMG_SIZE}  {precision.name}  {world_size()} x {name}  global batch {loaders.train.global_batch:,}"
-        f"  {len(loaders.train.dataset):,} images of {len(loaders.classes):,} classes  run {output_dir(config)}"
+        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {gmac:.3g} GMAC at {config.DATA.IMG_SIZE}  "
+        f"{precision.name}  {world_size()} x {name}  global batch {loaders.train.global_batch:,}  "
+        f"{images:,} images of {classes:,} classes  run {output_dir(config)}"
     )
 
 

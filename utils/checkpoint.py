@@ -65,7 +65,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The model's weights in the content of a checkpoint file: under ``model`` or ``state_dict``, or the file itself."""
+    """The model's weights in a checkpoint file's content: under ``model`` or ``state_dict``, or the content itself."""
     state_dict = content.get("model", content.get("state_dict", content))
     if not isinstance(state_dict, dict) or not state_dict:
         raise DamagedFile(f"{path} holds no weights; expected a state dict, or a dict with one under 'model'")

@@ -17,8 +17,8 @@ class RunLog:
     """The log of one run; only rank 0 writes it.
 
     A terminal shows a live bar; a file or a pipe gets one plain line each time. The results folder holds ``log.txt``,
-    ``metrics.jsonl`` and, for training, ``tensorboard/``. What they say of steps after ``first_step`` (from before a
-    restart) is removed, so that the files of a resumed run are those of an uninterrupted one.
+    ``metrics.jsonl`` and, for training, ``tensorboard/``. What the last two say of steps after ``first_step`` (from
+    before a restart) is removed, so that the curves of a resumed run are those of an uninterrupted one.
 
     Args:
         folder: results folder; it is made.
