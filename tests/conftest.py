@@ -1,0 +1,101 @@
+"""What several test files use: small folders of real images, and the real command line in a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parent.parent
+TINY_RUN = (
+    "--cfg", "configs/micro.yaml", "--tag", "run", "--opts",
+    "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "PRINT_FREQ", "1",
+)  # fmt: skip
+"""Flags of a run of a few steps; more ``--opts`` may follow."""
+
+
+def write_digits(folder: Path, count: int) -> Path:
+    """``count`` of scikit-learn's digits as ``folder/CLASS/NUMBER.png``, all ten classes among them."""
+    digits = load_digits()
+    for i in range(count):
+        path = folder / str(digits.target[i]) / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(digits.images[i] * 255 / 16)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """72 training and 37 validation images: neither number divides by the batch and world sizes used here."""
+    root = tmp_path_factory.mktemp("digits")
+    write_digits(root / "train", 72)
+    write_digits(root / "val", 37)
+    return root
+
+
+@dataclass
+class Result:
+    """What a command has done."""
+
+    status: int
+    stdout: str
+    stderr: str
+    results: Path
+
+    @property
+    def error(self) -> str:
+        """The one line that a user sees when something is wrong; fails on a traceback."""
+        assert "Traceback" not in self.stderr, self.stderr
+        lines = [line for line in self.stderr.splitlines() if line.startswith("error")]
+        assert len(lines) == 1, self.stderr
+        return lines[0]
+
+    def events(self, kind: str) -> list[dict]:
+        lines = (self.results / "metrics.jsonl").read_text().splitlines()
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def losses(self) -> list[float]:
+        return [event["loss"] for event in self.events("train")]
+
+    def checkpoint(self, name: str = "last") -> dict:
+        return torch.load(self.results / "checkpoints" / f"{name}.pth", weights_only=True)
+
+
+@pytest.fixture
+def run_main(tmp_path):
+    """Start ``main.py`` as a user does, under ``torchrun`` for several processes; results go to ``tmp_path``."""
+
+    def run(*arguments, nproc: int = 1, ok: bool = True, tag: str = "run", **environment) -> Result:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launcher, "main.py", *map(str, arguments), "--output", str(tmp_path / "output")],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        result = Result(done.returncode, done.stdout, done.stderr, tmp_path / "output" / "crossformer_micro" / tag)
+        assert not ok or result.status == 0, result.stdout + result.stderr
+        return result
+
+    return run
+
+
+def assert_same_tensors(a: dict, b: dict) -> None:
+    """Bit-identical, down to every tensor of nested dicts and lists."""
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], torch.Tensor):
+            assert torch.equal(a[key], b[key]), key
+        elif isinstance(a[key], dict):
+            assert_same_tensors(a[key], b[key])
+        else:
+            assert a[key] == b[key], key

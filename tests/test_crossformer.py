@@ -1,0 +1,312 @@
+"""The networks against the measured outputs of the published architecture (tests/data), and timm's model contract."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.crossformer import VARIANTS, Grouping, checkpoint_filter_fn
+
+DATA = Path(__file__).parent / "data"
+CLASSIFICATION = json.loads((DATA / "classification.json").read_text())
+DENSE = json.loads((DATA / "dense.json").read_text())
+
+
+def timm_name(variant: str) -> str:
+    return f"crossformerpp_{variant[3:]}" if variant.startswith("pp_") else f"crossformer_{variant}"
+
+
+def fill(model: nn.Module) -> None:
+    """Give each tensor the values that the reference derives from its key."""
+    state_dict = {}
+    for key, value in model.state_dict().items():
+        r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(value.shape)).astype(np.float32)
+        if value.ndim >= 2:
+            r *= np.float32(np.prod(value.shape[1:]) ** -0.5)
+        else:
+            r = np.float32(0.1) * r + np.float32(key.endswith(".weight"))
+        state_dict[key] = torch.from_numpy(r)
+    model.load_state_dict(state_dict)
+
+
+def images(seed: int, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("variant", CLASSIFICATION)
+def test_same_function_and_gradients_as_published(variant):
+    reference, arrays = CLASSIFICATION[variant], np.load(DATA / f"{variant}_224.npz")
+    model = timm.create_model(timm_name(variant)).eval()
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == reference["keys"]
+    assert list(model.state_dict()) == list(reference["keys"])
+    assert sum(p.numel() for p in model.parameters()) == reference["parameters"]
+    fill(model)
+    x = images(0, 2, 3, 224, 224)
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+        np.testing.assert_allclose(model.forward_head(tokens, pre_logits=True), arrays["pooled"], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(model(x), arrays["logits"], rtol=0, atol=1e-4)
+
+    loss = F.cross_entropy(model.train()(x), torch.tensor([3, 977]))
+    loss.backward()
+    assert loss.item() == pytest.approx(reference["loss"], abs=1e-4)
+    for name, parameter in model.named_parameters():
+        expected = reference["grad_norms"][name]
+        assert parameter.grad.norm().item() == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_same_dense_features_as_published(case):
+    variant = case.removeprefix("dense_").split("_as_trained")[0].split("_group7")[0]
+    reference, arrays = DENSE[case], np.load(DATA / f"{case}.npz")
+    height, width = reference["height"], reference["width"]
+    grouping = dict(group_size=reference["group_size"], interval=reference["interval"])
+    model = timm.create_model(timm_name(variant), features_only=True, **grouping).eval()
+    fill(model.model)
+    with torch.no_grad():
+        maps = model(images(height * 10000 + width, 1, 3, height, width))
+    assert [list(m.shape) for m in maps] == reference["shapes"]
+    for i, stage in enumerate(maps):
+        at = torch.linspace(0, stage.numel() - 1, 512).long()
+        np.testing.assert_allclose(stage.flatten()[at], arrays[f"stage{i}_samples"], rtol=0, atol=1e-3)
+        spread = [stage.mean(), stage.std(correction=0), stage.abs().max()]
+        np.testing.assert_allclose(spread, arrays[f"stage{i}_mean_std_absmax"], rtol=1e-3, atol=1e-3)
+
+
+def micro(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("crossformer_micro", num_classes=10, **kwargs)
+
+
+def test_grouping_is_the_papers():
+    """On a 4 x 4 map with G = 2: neighbours for short distance, tokens two apart for long distance."""
+    x = torch.arange(16).reshape(1, 4, 4, 1)
+    assert Grouping.of(4, 4, 2, 1).group(x)[0].flatten().tolist() == [0, 1, 4, 5]
+    assert Grouping.of(4, 4, 2, 2).group(x)[0].flatten().tolist() == [0, 2, 8, 10]
+    assert Grouping.of(4, 4, 4, 2) == Grouping(4, 4, 4, 4, 1)
+    assert Grouping.of(3, 9, 4, 2) == Grouping(3, 9, 3, 9, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (8, 6), (9, 30), (57, 57)])
+@pytest.mark.parametrize("interval", [1, 2, 8])
+def test_ungroup_inverts_group(shape, interval):
+    x = torch.randn(2, *shape, 3)
+    grouping = Grouping.of(*shape, 7, interval)
+    assert torch.equal(grouping.ungroup(grouping.group(x)), x)
+
+
+def test_offsets_are_query_minus_key():
+    offsets, index = Grouping.of(2, 3, 7, 1).offsets(torch.device("cpu"))
+    position = [(y, x) for y in range(2) for x in range(3)]
+    for q, (qy, qx) in enumerate(position):
+        for k, (ky, kx) in enumerate(position):
+            assert offsets[index[q, k]].tolist() == [qy - ky, qx - kx]
+
+
+@pytest.mark.parametrize("height_width", [(32, 32), (33, 47), (36, 100), (228, 228)])
+def test_padding_reaches_nothing(height_width):
+    """Whatever the padded tokens hold, output and gradients are the same and finite (57 leaves groups of padding)."""
+    model = micro(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1))
+    x = torch.randn(1, 3, *height_width)
+    out = model(x)
+    out.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    attention = model.layers[0].blocks[0].attn
+    tokens = torch.randn(1, 9, 10, 32)
+    grouping = Grouping.of(9, 10, 7, 1)
+    alone = attention(tokens[:, :7, :7], Grouping(7, 7, 7, 7, 1))
+    assert torch.allclose(attention(tokens, grouping)[:, :7, :7], alone, atol=1e-6)
+    corner = attention(tokens[:, 7:, 7:], Grouping(2, 3, 2, 3, 1))
+    assert torch.allclose(attention(tokens, grouping)[:, 7:, 7:], corner, atol=1e-6)
+
+
+def test_a_small_image_leaves_no_trace():
+    """Fault 9: after an image that fits in one group, a large one is treated as before."""
+    model, large, small = micro().eval(), torch.randn(1, 3, 96, 128), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = model(large)
+        model(small)
+        assert torch.equal(model(large), before)
+
+
+def test_too_small_an_image_is_refused():
+    with pytest.raises(ValueError, match="31 x 40.*at least 32 x 32"):
+        micro()(torch.zeros(1, 3, 31, 40))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}),
+        lambda m: torch.optim.SGD(m.parameters(), lr=1.0).step(),
+        lambda m: m.double().float(),
+        lambda m: [p.data.mul_(1.5) for p in m.train().parameters()] and m.eval(),
+        lambda m: [setattr(p, "data", p.data * 1.5) for p in m.parameters()],
+    ],
+    ids=["load_state_dict", "optimizer", "dtype", "data_between_modes", "data_replaced"],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cached_position_bias_follows_the_weights(change, mode):
+    model, x = micro().eval(), torch.randn(1, 3, 64, 64)
+    with mode():
+        model(x)
+    assert model.layers[0].blocks[0].attn._cached_bias is not None
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    change(model)
+    with mode():
+        after = model(x)
+    fresh = micro().eval()
+    fresh.load_state_dict(model.state_dict())
+    with mode():
+        assert torch.equal(after, fresh(x))
+
+
+def test_position_bias_has_gradients_in_eval_mode():
+    """Somebody may differentiate an evaluated model: the cache must stay out of it, before and after it is filled."""
+    model, x = micro().eval(), torch.randn(1, 3, 32, 32)
+    for _ in range(2):
+        model.zero_grad()
+        model(x).sum().backward()
+        assert model.layers[0].blocks[0].attn.pos.pos_proj.weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            model(x)
+
+
+def test_position_bias_is_computed_once_a_forward_and_not_again_in_evaluation():
+    model, x, calls = micro(), torch.randn(1, 3, 32, 32), []
+    model.layers[0].blocks[0].attn.pos.register_forward_hook(lambda *_: calls.append(1))
+    model(x)
+    assert len(calls) == 1
+    with torch.no_grad():
+        for _ in range(3):
+            model.eval()(x) if not calls[1:] else model(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_its_end(dtype):
+    """The cache must not carry one precision into the other."""
+    model, x = micro().eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.allclose(model(x).float(), before, atol=0.05)
+        assert torch.equal(model(x), before)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    x, gradients = torch.randn(2, 3, 64, 64), []
+    for enable in (False, True):
+        model = micro(drop_path_rate=0.5)
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)
+        model(x).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_stochastic_depth_is_linear_over_all_blocks():
+    model = timm.create_model("crossformer_tiny", drop_path_rate=0.3)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.layers for block in stage.blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.3, 16).tolist())
+
+
+def test_blocks_alternate_and_acl_is_where_the_paper_puts_it():
+    model = timm.create_model("crossformerpp_huge")
+    assert [block.interval for block in model.layers[0].blocks] == [1, 4, 1, 4, 1, 4]
+    with_acl = [[j for j, b in enumerate(stage.blocks) if b.ex_conv is not None] for stage in model.layers]
+    assert with_acl == [[2], [2], [2, 5, 8, 11, 14], []]
+
+
+def test_group_size_for_each_block():
+    """Nested lists give every progressive schedule: these are the constant one, written out."""
+    plain, nested = micro(), micro(group_size=([4, 4], 4, [4, 4], 4), interval=([2, 2], 1, 1, 1))
+    x = torch.randn(1, 3, 64, 96)
+    assert torch.equal(plain(x), nested(x))
+    other = micro(group_size=([4, 8], 4, 4, 4))
+    assert [block.group_size for block in other.layers[0].blocks] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(group_size=(0, 1, 1, 1)), "group_size .* at least 1"),
+        (dict(group_size=(7, 7, 7)), "group_size .* 3 entries for 4 stages"),
+        (dict(interval=([1, 2, 3], 1, 1, 1)), "interval gives stage 1 3 numbers for its 2 blocks"),
+        (dict(num_heads=(5, 2, 4, 8)), "num_heads .* 5 heads do not divide the width 32 of stage 1.* is 4"),
+        (dict(embed_dim=40), "embed_dim 40 is not a multiple of 16; the nearest is 32"),
+        (dict(depths=(2, 2, 0, 2)), "depths"),
+        (dict(global_pool="max"), "global_pool"),
+    ],
+)
+def test_arguments_that_describe_no_network(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        micro(**kwargs)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_timm_contract(name):
+    model = timm.create_model(name, num_classes=7, in_chans=4, drop_path_rate=0.1, drop_rate=0.1).eval()
+    x = torch.randn(2, 4, 64, 96)
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+        assert tokens.shape == (2, 2, 3, model.num_features)
+        assert model.forward_head(tokens, pre_logits=True).shape == (2, model.head_hidden_size)
+        assert model(x).shape == (2, 7)
+        final, maps = model.forward_intermediates(x)
+        assert torch.equal(final, tokens)
+        assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+        assert [64 // m.shape[2] for m in maps] == [4, 8, 16, 32] == [i["reduction"] for i in model.feature_info]
+        (normed,) = model.forward_intermediates(
+            x, indices=[3], norm=True, output_fmt="NHWC", stop_early=True, intermediates_only=True
+        )
+        assert torch.equal(normed, tokens)
+        assert model.get_classifier() is model.head
+        model.reset_classifier(3)
+        assert model(x).shape == (2, 3) == (2, model.num_classes)
+        model.reset_classifier(0, "")
+        assert torch.equal(model(x), tokens)
+    assert model.no_weight_decay() == set()
+    assert model.default_cfg["classifier"] == "head"
+    assert model.default_cfg["crop_pct"] == 0.875
+    config = timm.data.resolve_data_config({}, model=model)
+    assert config["interpolation"] == "bicubic"
+    for coarse in (False, True):
+        groups = timm.models.group_parameters(model, model.group_matcher(coarse), reverse=True)
+        assert groups.keys() == {n for n, _ in model.named_parameters()}
+        assert groups["patch_embed.norm.weight"] == 0
+        assert groups["norm.weight"] == max(groups.values())
+
+
+def test_features_only_prunes_what_it_does_not_need():
+    """Every parameter that is left gets a gradient, so DDP takes the pruned model as it is."""
+    model = timm.create_model("crossformer_micro", features_only=True, out_indices=(1, 2))
+    maps = model(torch.randn(1, 3, 64, 96))
+    assert [m.shape for m in maps] == [(1, 64, 8, 12), (1, 128, 4, 6)]
+    assert model.feature_info.reduction() == [8, 16]
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_filter_takes_off_prefixes_and_computed_buffers():
+    tensor = torch.zeros(1)
+    keys = ["module.norm.weight", "backbone.norm.bias", "layers.0.blocks.0.attn.biases", "module.backbone.head.bias"]
+    keys.append("backbone.layers.0.blocks.1.attn.relative_position_index")
+    assert list(checkpoint_filter_fn(dict.fromkeys(keys, tensor))) == ["norm.weight", "norm.bias", "head.bias"]
+
+
+def test_compiles_without_a_graph_break():
+    model, x = micro(), torch.randn(2, 3, 32, 32)
+    expected_train, expected_eval = model(x), model.eval()(x)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend="aot_eager")
+    assert torch.allclose(model.train()(x), expected_train, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), expected_eval, atol=1e-4)
