@@ -299,13 +299,14 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
         return "none" if "none" in CHOICES.get(key, ()) else type(default)()
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         with suppress(ValueError):
-            if isfinite(value := float(value)):  # also from 5e-4, which YAML takes for a text
-                return value
+            number = float(value)  # also from 5e-4, which YAML takes for a text
+            if isfinite(number):
+                return number
     if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(default, list) and isinstance(value, tuple | list):
         return list(value)
-    if type(value) is type(default):
+    if type(value) is type(default) and not isinstance(value, float):
         return value
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     choices = f" ({' | '.join(CHOICES[key])})" if key in CHOICES else ""

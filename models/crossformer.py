@@ -344,7 +344,7 @@ class CrossFormer(nn.Module):
         _check_architecture(embed_dim, depths, num_heads)
         group_sizes = _for_each_block("group_size", group_size, depths)
         intervals = _for_each_block("interval", interval, depths)
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         dims = [embed_dim * 2**i for i in range(len(depths))]
 
         self.num_classes = num_classes

@@ -2,11 +2,12 @@
 
 import os
 import pickle
+import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
-from yacs.config import CfgNode
 
 from utils.errors import UserError
 
@@ -33,8 +34,8 @@ class DamagedFile(UserError):
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU.
 
-    Nothing in the file is executed: besides tensors and plain containers only yacs' ``CfgNode`` (a dict, which
-    published checkpoints carry) is allowed.
+    Nothing in the file is executed: besides tensors and plain containers only yacs' ``CfgNode``, which published
+    checkpoints carry, is allowed, and read as the dict that it is.
 
     Raises:
         DamagedFile: the file is missing, damaged or not a checkpoint.
@@ -47,13 +48,13 @@ def read(path: str | Path) -> dict[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals([CfgNode]):
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            refused = str(error).split("GLOBAL ")[-1].split(" ")[0]
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
             raise UserError(
-                f"{path} is refused: it asks to run code ({refused}) when it is opened; "
+                f"{path} is refused: it asks to run code ({refused[1]}) when it is opened; "
                 "get the file from a source you trust, saved as a plain state dict"
             ) from error
         raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error

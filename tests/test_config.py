@@ -1,0 +1,177 @@
+"""Settings: inheritance, overrides, and one clear line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+import config
+from config import all_keys, build_config, default_config, get
+from main import parse, parser
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_defaults_are_the_published_recipe():
+    c = default_config()
+    assert (c.TRAIN.EPOCHS, c.TRAIN.WARMUP_EPOCHS, c.TRAIN.WEIGHT_DECAY, c.TRAIN.CLIP_GRAD) == (300, 20, 0.05, 5.0)
+    assert (c.TRAIN.BASE_LR, c.TRAIN.WARMUP_LR, c.TRAIN.MIN_LR, c.TRAIN.LR_REFERENCE_BATCH) == (5e-4, 5e-7, 5e-6, 512)
+    assert (c.TRAIN.OPTIMIZER.NAME, c.TRAIN.OPTIMIZER.BETAS, c.TRAIN.OPTIMIZER.EPS) == ("adamw", [0.9, 0.999], 1e-8)
+    assert (c.AUG.MIXUP, c.AUG.CUTMIX, c.AUG.MIXUP_PROB, c.AUG.MIXUP_SWITCH_PROB) == (0.8, 1.0, 1.0, 0.5)
+    assert (c.AUG.AUTO_AUGMENT, c.AUG.REPROB, c.AUG.REMODE) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel")
+    assert (c.MODEL.LABEL_SMOOTHING, c.AUG.SCALE, c.DATA.INTERPOLATION) == (0.1, [0.08, 1.0], "bicubic")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_survives_its_own_dump(path, tmp_path):
+    resolved = build_config(str(path))
+    assert build_config(write(tmp_path / "config.yaml", resolved.dump())) == resolved
+
+
+def test_every_setting_is_read_somewhere():
+    """A setting that nothing reads is a bug."""
+    rooms = [ROOT / "main.py", *(f for room in ROOT.iterdir() if room.is_dir() for f in room.glob("*.py"))]
+    source = "".join(f.read_text() for f in rooms if "tests" not in f.parts)
+    source += (ROOT / "config.py").read_text().split("def output_dir")[1]
+    unread = [key for key in all_keys() if f".{key.split('.')[-1]}" not in source and key != "BASE"]
+    architecture = [key for key in unread if key.startswith("MODEL.CROSSFORMER.")]
+    assert [key.split(".")[-1] for key in architecture if f'"{key.split(".")[-1]}"' not in source] == []
+    assert [key for key in unread if key not in architecture and f"settings.{key.split('.')[-1]}" not in source] == []
+
+
+def test_every_setting_has_a_comment():
+    lines = Path(config.__file__).read_text().split("CHOICES = ")[0].splitlines()
+    settings = [i for i, line in enumerate(lines) if line.startswith("_C.") and "CfgNode()" not in line]
+    self_explaining = ("EPOCHS", "SEED", "TAG")
+    for i in settings:
+        above = i - 1
+        while lines[above].startswith("_C.") and "CfgNode()" not in lines[above]:
+            above -= 1
+        named = lines[i].split(" =")[0].split(".")[-1].replace("_C", "")
+        assert lines[above].startswith("#") or named in self_explaining, lines[i]
+
+
+def test_later_sources_win(tmp_path):
+    write(tmp_path / "base.yaml", "TRAIN: {EPOCHS: 50, BASE_LR: 1e-4}\nDATA: {BATCH_SIZE: 2}\nSEED: 1")
+    mine = write(tmp_path / "mine.yaml", "BASE: base.yaml\nTRAIN: {EPOCHS: 60}\nDATA: {BATCH_SIZE: 4}")
+    c, _ = parse(["--cfg", mine, "--opts", "DATA.BATCH_SIZE", "6", "SEED", "2", "--batch-size", "8"])
+    assert (c.TRAIN.EPOCHS, c.TRAIN.BASE_LR, c.DATA.BATCH_SIZE, c.SEED) == (60, 1e-4, 8, 2)
+
+
+def test_a_flag_that_is_not_given_changes_nothing(tmp_path):
+    """Fault 1: every setting that has a flag is set by the file to something else than its default."""
+    given = {
+        "DATA": {"BATCH_SIZE": 6, "DATA_PATH": "here"},
+        "MODEL": {"RESUME": "a.pth"},
+        "TRAIN": {"ACCUMULATION_STEPS": 3, "USE_CHECKPOINT": True, "OPTIMIZER": {"NAME": "sgd"}},
+        "AMP": "fp16", "SEED": 5, "OUTPUT": "out", "TAG": "mine",
+    }  # fmt: skip
+    import yaml
+
+    path = write(tmp_path / "mine.yaml", yaml.safe_dump(given))
+    with_flags = {action.dest for action in parser()._actions if action.dest in set(all_keys())}
+    set_by_file = {k for k in all_keys() if get(build_config(path), k) != get(default_config(), k)}
+    assert with_flags - set_by_file == {"MODEL.PRETRAINED"}  # which excludes MODEL.RESUME
+    assert parse(["--cfg", path])[0] == build_config(path)
+
+
+def test_flags_of_the_swin_family():
+    flags = "--batch-size 4 --data-path d --pretrained p --accumulation-steps 2 --use-checkpoint --disable_amp "
+    c, mode = parse(f"{flags} --output o --tag t --optim sgd --seed 3 --eval".split())
+    assert mode == "evaluate"
+    assert (c.DATA.BATCH_SIZE, c.DATA.DATA_PATH, c.MODEL.PRETRAINED, c.TRAIN.ACCUMULATION_STEPS) == (4, "d", "p", 2)
+    assert (c.TRAIN.USE_CHECKPOINT, c.AMP, c.OUTPUT, c.TAG, c.TRAIN.OPTIMIZER.NAME) == (True, "none", "o", "t", "sgd")
+    assert c.SEED == 3
+    assert parse(["--resume", "r", "--throughput"])[1] == "throughput"
+    assert parse(["--amp-opt-level", "O0"])[0].AMP == "none"
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        ("TRAIN.EPOCS 3", r"unknown setting TRAIN.EPOCS \(--opts\); did you mean TRAIN.EPOCHS\?"),
+        ("EPOCHS 3", r"unknown setting EPOCHS \(--opts\); did you mean TRAIN.EPOCHS\?"),
+        ("TRAIN.EPOCHS.X 3", "unknown setting TRAIN.EPOCHS.X"),
+        ("TRAIN 3", "TRAIN .* is a section"),
+        ("TRAIN.EPOCHS many", "TRAIN.EPOCHS must be a whole number, for example 300, not 'many'"),
+        ("TRAIN.EPOCHS 1.5", "TRAIN.EPOCHS must be a whole number"),
+        ("TRAIN.EPOCHS True", "TRAIN.EPOCHS must be a whole number"),
+        ("TRAIN.EPOCHS 0", "TRAIN.EPOCHS 0 .* at least 1"),
+        ("TRAIN.BASE_LR nan", "TRAIN.BASE_LR must be a number"),
+        ("TRAIN.BASE_LR .inf", "TRAIN.BASE_LR must be a number"),
+        ("TRAIN.BASE_LR -1", "TRAIN.BASE_LR -1.0 .* at least 0"),
+        ("TRAIN.AUTO_RESUME 1", "TRAIN.AUTO_RESUME must be True or False"),
+        ("TRAIN.WARMUP_EPOCHS 300", "TRAIN.WARMUP_EPOCHS 300 .* below TRAIN.EPOCHS 300"),
+        ("AMP off", r"AMP must be a text \(auto \| bf16 \| fp16 \| none\), not False"),
+        ("AMP bf61", "AMP bf61 .* did you mean bf16"),
+        ("AUG.SCALE 0.5", "AUG.SCALE must be a list"),
+        ("AUG.SCALE [0.9,0.5]", "AUG.SCALE .* a smallest value"),
+        ("AUG.SCALE [a,b]", "AUG.SCALE .* 2 numbers"),
+        ("AUG.SCALE [", "not a YAML value"),
+        ("AUG.MIXUP_PROB 2", "AUG.MIXUP_PROB 2.0 .* between 0 and 1"),
+        ("MODEL.CROSSFORMER.GROUP_SIZE [7,0,7,7]", "MODEL.CROSSFORMER.GROUP_SIZE .* at least 1"),
+        ("MODEL.CROSSFORMER.GROUP_SIZE [7,[7,x],7,7]", "MODEL.CROSSFORMER.GROUP_SIZE .* at least 1"),
+        ("MODEL.CROSSFORMER.DEPTHS [[1],2,2,2]", "MODEL.CROSSFORMER.DEPTHS"),
+        ("TRAIN.EMA_DECAY 1.0", "TRAIN.EMA_DECAY"),
+        ("DATA.STD [0,1,1]", "DATA.STD"),
+        ("TRAIN.OPTIMIZER.BETAS [0.9,1.0]", "TRAIN.OPTIMIZER.BETAS"),
+        ("TAG ../elsewhere", "TAG ../elsewhere .* without"),
+        ("TAG", "--opts takes pairs of KEY VALUE; TAG has no partner"),
+        ("MODEL.RESUME a MODEL.PRETRAINED b", "either --resume .* or --pretrained"),
+    ],
+)
+def test_a_mistake_is_named_with_the_remedy(opts, message):
+    """Fault 2, and every other way to get a setting wrong."""
+    with pytest.raises(UserError, match=message):
+        build_config(opts=opts.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("TRAIN:\n  EPOCS: 3", r"unknown setting TRAIN.EPOCS \(.*mine.yaml, line 2\); did you mean TRAIN.EPOCHS\?"),
+        ("TRAIN:\n  EPOCHS: x", r"TRAIN.EPOCHS must be a whole number.*mine.yaml, line 2"),
+        ("SEED: 1\nSEED: 2", r"setting SEED stands twice \(.*line 2\)"),
+        ("TRAIN: 3", "line 1: expected settings as 'KEY: value'"),
+        ("- 1", "line 1: expected settings"),
+        ("SEED: [", "mine.yaml, line 1 is not YAML"),
+        ("BASE: mine.yaml", "mine.yaml is its own BASE"),
+        ("BASE: other.yaml", "other.yaml cannot be read: No such file"),
+        ("BASE: 3", "BASE .* must be a file name"),
+        ("TAG: !!python/object/apply:os.system ['echo no']", "TAG .*mine.yaml, line 1"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        build_config(write(tmp_path / "mine.yaml", text))
+
+
+def test_values_are_taken_as_meant():
+    c = build_config(opts=["TRAIN.BASE_LR", "5e-4", "TAG", "12", "TRAIN.CLIP_GRAD", "3", "AUG.AUTO_AUGMENT", "none"])
+    assert (c.TRAIN.BASE_LR, c.TAG, c.TRAIN.CLIP_GRAD, c.AUG.AUTO_AUGMENT) == (5e-4, "12", 3.0, "none")
+    assert build_config(opts=["AUG.CUTMIX_MINMAX", "[0.2, 0.8]"]).AUG.CUTMIX_MINMAX == [0.2, 0.8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epocs 3", "unknown flag --epocs"),
+        ("--batchsize 3", "unknown flag --batchsize; did you mean --batch-size?"),
+        ("--disable-amp", "unknown flag --disable-amp; did you mean --disable_amp?"),
+        ("--batch-size many", "argument --batch-size: invalid int value: 'many'"),
+        ("--eval --throughput", "not allowed with argument"),
+        ("--amp-opt-level O1", "--amp-opt-level O1: apex.amp has been removed from NVIDIA apex; .* --opts AMP bf16"),
+        ("--amp-opt-level O2", "apex.amp has been removed"),
+        ("--amp-opt-level O7", "not one of O0, O1, O2"),
+        ("extra", "unknown flag extra"),
+    ],
+)
+def test_a_mistake_in_a_flag(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse(flags.split())

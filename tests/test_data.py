@@ -1,0 +1,226 @@
+"""From files to batches: the index, decoding, sampling, augmentation and mixing."""
+
+import random
+import re
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_digits
+from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_ops
+
+from config import build_config
+from data import build_loaders, build_mixing
+from data.dataset import ImageDataset, collate, decode
+from data.index import FolderIndex, class_names
+from data.sampling import EvalBatches, TrainBatches, epoch_order
+from data.transforms import build_eval_transform, build_train_transform
+from utils.errors import UserError
+from utils.randomness import derive_seed
+
+CPU = torch.device("cpu")
+
+
+def index_of(folder: Path) -> FolderIndex:
+    return FolderIndex(folder, class_names(folder))
+
+
+def test_index_lists_every_image_once_in_order(tmp_path):
+    for name in ("b/2.png", "b/1.JPEG", "a/x/3.jpg", "a/notes.txt", "a/.hidden.jpg", "ü/ö.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    index = index_of(tmp_path)
+    paths = [str(index.path(i).relative_to(tmp_path)) for i in range(len(index))]
+    assert paths == ["a/x/3.jpg", "b/1.JPEG", "b/2.png", "ü/ö.png"]
+    assert index.labels.tolist() == [0, 1, 1, 2]
+    assert index.classes == ["a", "b", "ü"]
+
+
+def test_index_holds_no_python_object_for_an_image(tmp_path):
+    """Fault 13: a worker that reads a list of tuples copies it page by page; flat arrays stay shared."""
+    index = index_of(write_digits(tmp_path / "many", 200))
+    few = index_of(write_digits(tmp_path / "few", 20))
+
+    def objects(value) -> int:
+        if isinstance(value, list | tuple | dict):
+            return len(value) + sum(map(objects, value.values() if isinstance(value, dict) else value))
+        assert isinstance(value, np.ndarray | Path | str), type(value)
+        return 1
+
+    assert objects(vars(index)) == objects(vars(few))
+
+
+def save_odd_images(folder: Path) -> dict[str, str]:
+    """What ImageNet holds: a PNG named .JPEG, CMYK JPEGs; and what other data hold."""
+    folder.mkdir(parents=True)
+    pixels = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 50, 3), dtype=np.uint8))
+    pixels.save(folder / "png_named.JPEG", format="PNG")
+    pixels.convert("CMYK").save(folder / "cmyk.JPEG")
+    pixels.convert("L").save(folder / "grey.JPEG")
+    pixels.convert("P").save(folder / "palette.png")
+    pixels.convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50)).save(folder / "sixteen_bit.png")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_odd_images_are_decoded(tmp_path):
+    """Fault 12."""
+    for name, path in save_odd_images(tmp_path / "train" / "odd").items():
+        image = decode(path)
+        assert (image.mode, image.size) == ("RGB", (50, 40)), name
+    transform = build_train_transform(build_config())
+    dataset = ImageDataset(index_of(tmp_path / "train"), transform, seed=0, replace_bad=False)
+    assert collate([dataset[0, i] for i in range(len(dataset))]).images.shape == (6, 3, 224, 224)
+
+
+def test_rand_augment_survives_every_magnitude():
+    """Fault 11: with Pillow 13, posterize raises at magnitude 10 and above."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8))
+    for magnitude in range(11):
+        for op in rand_augment_ops(magnitude=magnitude, transforms=None, hparams={"magnitude_std": 0.0}):
+            op.prob = 1.0
+            for seed in range(3):
+                random.seed(seed)
+                op(image)
+    augment = RandAugment(rand_augment_ops(magnitude=10, hparams={"magnitude_std": 5.0}), num_layers=4)
+    np.random.seed(0)
+    for _ in range(200):
+        augment(image)
+
+
+def published_recipe(tmp_path: Path, **opts) -> ImageDataset:
+    write_digits(tmp_path / "train", 20)
+    transform = build_train_transform(build_config(opts=["DATA.IMG_SIZE", "64"]))
+    return ImageDataset(index_of(tmp_path / "train"), transform, seed=3, **{"replace_bad": False, **opts})
+
+
+def test_pixels_depend_on_seed_epoch_and_index_alone(tmp_path):
+    dataset = published_recipe(tmp_path)
+    once = {key: dataset[key].image for key in [(0, 0), (0, 1), (1, 0)]}
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    for key in reversed(once):
+        assert torch.equal(dataset[key].image, once[key])
+    assert not torch.equal(once[0, 0], once[1, 0])
+    dataset.seed = 4
+    assert not torch.equal(dataset[0, 0].image, once[0, 0])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_do_not_depend_on_the_workers(digits, workers):
+    def batches(workers):
+        opts = f"DATA.DATA_PATH {digits} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 8 DATA.NUM_WORKERS {workers}"
+        config = build_config(opts=opts.split())
+        return list(build_loaders(config, CPU).train.micro_batches(5, 20))  # from the middle of an epoch to the next
+
+    for a, b in zip(batches(0), batches(workers), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)
+
+
+def test_one_permutation_an_epoch():
+    orders = [epoch_order(0, 0, 1000), epoch_order(0, 1, 1000), epoch_order(1, 0, 1000)]
+    for i, order in enumerate(orders):
+        assert sorted(order) == list(range(1000))
+        assert not any(np.array_equal(order, other) for other in orders[:i])
+    assert epoch_order(0, 0, 8).tolist() == epoch_order(0, 0, 8).tolist()
+
+
+def test_derived_seeds_stay_what_they_are():
+    """A run that was begun must go on the same after an update of the project: these values never change."""
+    assert derive_seed(0, "sample", 1, 2) == 7178513459028031028
+    assert epoch_order(0, 0, 8).tolist() == [7, 4, 6, 1, 5, 3, 0, 2]
+
+
+@pytest.mark.parametrize(("world_size", "batch_size", "accumulation"), [(1, 12, 1), (2, 6, 1), (3, 2, 2), (1, 3, 4)])
+def test_global_batches_do_not_depend_on_how_they_are_shared(world_size, batch_size, accumulation):
+    """Fault 4, the tail: each step has all its micro-batches; and fault 5: a later start gives the same steps."""
+
+    def steps(first, last):
+        of_rank = []
+        for rank in range(world_size):
+            batches = TrainBatches(41, batch_size, accumulation, rank, world_size, seed=0)
+            assert batches.steps_per_epoch == 3
+            batches.first_step, batches.last_step = first, last
+            mine = list(batches)
+            assert len(mine) == len(batches) == (last - first) * accumulation
+            of_rank.append([list(chain(*mine[i : i + accumulation])) for i in range(0, len(mine), accumulation)])
+        return [list(chain(*parts)) for parts in zip(*of_rank, strict=True)]
+
+    expected = [
+        [(epoch, i) for i in epoch_order(0, epoch, 41)[12 * k : 12 * k + 12]] for epoch in range(3) for k in range(3)
+    ]
+    assert steps(0, 9) == expected
+    assert steps(4, 9) == expected[4:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 50])
+def test_evaluation_takes_every_image_once(world_size):
+    batches = [EvalBatches(37, 8, rank, world_size) for rank in range(world_size)]
+    keys = [key for rank in batches for batch in rank for key in batch]
+    assert sorted(keys) == [(0, i) for i in range(37)]
+    assert all(len(list(rank)) == len(rank) for rank in batches)
+
+
+def test_eval_transform_is_the_published_one():
+    image = Image.new("RGB", (500, 375))
+    crop = build_eval_transform(build_config())
+    assert [str(t).split("(")[0] for t in crop.transforms] == ["Resize", "CenterCrop", "ToTensor", "Normalize"]
+    assert (crop.transforms[0].size, crop.transforms[1].size) == (256, (224, 224))
+    assert crop.transforms[0].interpolation.value == "bicubic"
+    assert crop(image).shape == (3, 224, 224)
+    whole = build_eval_transform(build_config(opts=["TEST.CROP", "False"]))
+    assert whole.transforms[0].size == (224, 224)
+
+
+def test_train_transform_is_the_published_one():
+    text = str(build_train_transform(build_config()))
+    assert re.search(r"RandomResizedCropAndInterpolation\(size=\(224, 224\), scale=\(0.08, 1.0\).*bicubic", text)
+    assert "RandomHorizontalFlip(p=0.5)" in text
+    assert "RandAugment(n=2" in text
+    assert re.search(r"RandomErasing\(p=0.25, mode=pixel, count=\(1, 1\)\)", text)
+    plain = str(
+        build_train_transform(
+            build_config(opts=["AUG.AUTO_AUGMENT", "none", "AUG.COLOR_JITTER", "0", "AUG.REPROB", "0"])
+        )
+    )
+    assert not re.search("RandAugment|ColorJitter|RandomErasing", plain)
+
+
+def test_a_bad_image_stops_the_run_by_default_or_is_replaced(tmp_path):
+    write_digits(tmp_path / "train", 20)
+    write_digits(tmp_path / "val", 20)
+    bad = index_of(tmp_path / "train").path(7)
+    bad.write_bytes(bad.read_bytes()[:40])
+    (tmp_path / "val" / "3" / "empty.png").touch()
+
+    def loaders(on_bad_image, workers):
+        opts = f"DATA.DATA_PATH {tmp_path} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 10 DATA.ON_BAD_IMAGE {on_bad_image}"
+        return build_loaders(build_config(opts=[*opts.split(), "DATA.NUM_WORKERS", workers]), CPU)
+
+    for workers in ("0", "1"):
+        with pytest.raises(UserError, match=rf"image {bad}: .*DATA.ON_BAD_IMAGE skip"):
+            list(loaders("error", workers).train.micro_batches(0, 2))
+        skipping, lines = loaders("skip", workers), []
+        skipping.train.on_bad_image = skipping.val.on_bad_image = lines.append
+        batches = list(skipping.train.micro_batches(0, 2))
+        assert [len(batch.images) for batch in batches] == [10, 10]
+        assert skipping.train.skipped == 1
+        assert sum(len(batch.images) for batch in skipping.val) == 20
+        assert [line.split(":")[0] for line in lines] == [str(bad), str(tmp_path / "val" / "3" / "empty.png")]
+
+
+def test_mixing_follows_the_seed_and_the_recipe():
+    mix = build_mixing(build_config(opts=["DATA.BATCH_SIZE", "4"]), num_classes=5)
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.mix_prob, mix.switch_prob, mix.mode) == (0.8, 1.0, 1.0, 0.5, "batch")
+    assert mix.label_smoothing == 0.1
+    draws = []
+    for seed in (1, 1, 2):
+        np.random.seed(seed)
+        draws.append(mix(torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).clone(), torch.arange(4)))
+    assert all(torch.equal(a, b) for a, b in zip(draws[0], draws[1], strict=True))
+    assert not torch.equal(draws[0][1], draws[2][1])
+    assert torch.allclose(draws[0][1].sum(1), torch.ones(4))
+    assert build_mixing(build_config(opts=["AUG.MIXUP", "0", "AUG.CUTMIX", "0"]), 5) is None

@@ -1,0 +1,25 @@
+"""The learning rates of the published schedules."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from config import build_config
+from lr_scheduler import build_scheduler
+
+REFERENCE = json.loads((Path(__file__).parent / "data" / "lr_schedule.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_published_learning_rates(name):
+    """The recipe's defaults at a global batch of 1,024 give 1e-3 and the rest of the reference."""
+    config = build_config(opts=["TRAIN.LR_SCHEDULER.NAME", name])
+    schedule = build_scheduler(config, REFERENCE["steps_per_epoch"], global_batch=1024)
+    for step, expected in REFERENCE["lr_after_step_update"][name].items():
+        assert schedule(0 if step == "initial" else int(step)) == pytest.approx(expected, rel=1e-9), step
+
+
+def test_scaling_with_the_batch_can_be_turned_off():
+    opts = ["TRAIN.WARMUP_EPOCHS", "0", "TRAIN.LR_REFERENCE_BATCH", "0", "TRAIN.BASE_LR", "0.3"]
+    assert build_scheduler(build_config(opts=opts), 10, global_batch=4096)(0) == 0.3

@@ -1,0 +1,63 @@
+"""Parameter groups and optimizers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import models  # noqa: F401  (registers the models)
+from config import build_config
+from optimizer import build_optimizer, parameter_groups
+from utils.errors import UserError
+
+CLASSIFICATION = json.loads((Path(__file__).parent / "data" / "classification.json").read_text())
+
+
+@pytest.mark.parametrize("variant", CLASSIFICATION)
+def test_weight_decay_as_published(variant):
+    name = f"crossformerpp_{variant[3:]}" if variant.startswith("pp_") else f"crossformer_{variant}"
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    decayed, undecayed = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
+    assert len(decayed["params"]) == CLASSIFICATION[variant]["weight_decay_parameters"]
+    assert len(undecayed["params"]) == CLASSIFICATION[variant]["no_weight_decay_parameters"]
+
+
+def test_a_model_may_exempt_more():
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=2)
+    exempt = {id(p) for n, p in model.named_parameters() if n in model.no_weight_decay()}
+    assert exempt
+    assert not exempt & {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
+
+
+def test_frozen_parameters_are_left_out():
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [1, 0]
+
+
+def test_settings_reach_the_optimizer():
+    model = torch.nn.Linear(2, 2)
+    opts = ["TRAIN.OPTIMIZER.BETAS", "[0.8,0.9]", "TRAIN.OPTIMIZER.EPS", "1e-6", "TRAIN.WEIGHT_DECAY", "0.3"]
+    adamw = build_optimizer(build_config(opts=opts), model)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.defaults["betas"], adamw.defaults["eps"], adamw.defaults["fused"]) == ((0.8, 0.9), 1e-6, True)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
+    sgd = build_optimizer(build_config(opts=["TRAIN.OPTIMIZER.NAME", "sgd"]), model)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"], sgd.defaults["fused"]) == (0.9, True, True)
+
+
+@pytest.mark.parametrize("name", ["fused_adam", "fused_lamb"])
+def test_apex_is_optional_and_its_absence_explained(name):
+    config = build_config(opts=["TRAIN.OPTIMIZER.NAME", name])
+    try:
+        import apex.optimizers
+    except ImportError:
+        with pytest.raises(UserError, match="needs NVIDIA apex, which is built from source .* use .* adamw"):
+            build_optimizer(config, torch.nn.Linear(2, 2))
+    else:
+        optimizer = build_optimizer(config, torch.nn.Linear(2, 2).cuda())
+        assert isinstance(optimizer, apex.optimizers.FusedAdam | apex.optimizers.FusedLAMB)

@@ -1,0 +1,259 @@
+"""Training on the real command line: exactness, resuming, precision, and what a run leaves behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, assert_same_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from config import build_config
+
+PLAIN = ("MODEL.DROP_PATH_RATE", "0", "AUG.SCALE", "[1.0,1.0]", "AUG.RATIO", "[1.0,1.0]")
+"""Neither dropout nor mixing: the ranks then draw nothing at random that differs between them."""
+
+RANDOM = ("MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.25")
+"""Everything random is on (and RandAugment)."""
+
+
+def test_two_processes_train_like_one(run_main, digits):
+    """72 images make 5 steps an epoch at a global batch of 14: ten steps, a remainder left out."""
+    losses = []
+    for nproc, batch_size in ((1, 14), (2, 7)):
+        result = run_main(
+            *TINY_RUN,
+            *PLAIN,
+            "--data-path",
+            digits,
+            "--batch-size",
+            batch_size,
+            "--tag",
+            nproc,
+            nproc=nproc,
+            tag=str(nproc),
+        )
+        losses.append(result.losses())
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != losses[0][1]
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_accumulation_is_one_large_batch(run_main, digits, amp):
+    """Fault 4: 4 x 8 against 32 under a loss scaler too; a plain SGD step would show a wrong scale or count at once."""
+    tolerance = {"none": 1e-6, "bf16": 2e-2, "fp16": 2e-3}[amp]
+    sgd = ("TRAIN.OPTIMIZER.NAME", "sgd", "AMP", amp, "TRAIN.EPOCHS", "4", "TRAIN.BASE_LR", "0.05")
+    results = [
+        run_main(
+            *TINY_RUN, *PLAIN, *sgd, "--data-path", digits, "--tag", steps,
+            "--accumulation-steps", steps, "--batch-size", batch_size, tag=str(steps),
+        )
+        for steps, batch_size in ((1, 32), (4, 8))
+    ]  # fmt: skip
+    large, accumulated = results
+    assert len(large.losses()) == 8
+    assert large.losses() == pytest.approx(accumulated.losses(), abs=tolerance)
+    assert large.losses()[-1] < large.losses()[0] - 0.1
+    norms = [[event["grad_norm"] for event in result.events("train")] for result in results]
+    assert norms[0] == pytest.approx(norms[1], rel=100 * tolerance)
+    if amp == "fp16":
+        assert accumulated.checkpoint()["scaler"]["_growth_tracker"] == 8  # one scaler update a step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
+    """Fault 5: killed in the middle of the second of three epochs, with everything random on."""
+    flags = (
+        *TINY_RUN, *RANDOM, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "TRAIN.EPOCHS", "3",
+        "TRAIN.SAVE_EVERY_STEPS", "1", "TRAIN.EMA_DECAY", "0.9", "DATA.NUM_WORKERS", workers,
+        "--data-path", digits, "--batch-size", "12",
+    )  # fmt: skip
+    whole = run_main(*flags, "--tag", "whole", tag="whole")
+
+    command = [sys.executable, "main.py", *map(str, flags), "--output", str(whole.results.parent.parent)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if "step 8/18" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    stopped_at = torch.load(whole.results.parent / "run" / "checkpoints" / "last.pth", weights_only=True)["step"]
+    assert 6 < stopped_at < 12
+    resumed = run_main(*flags)
+    assert f"after step {stopped_at}" in resumed.stdout
+
+    a, b = whole.checkpoint(), resumed.checkpoint()
+    assert a.pop("config") != b.pop("config")  # their tags differ
+    assert_same_tensors(a, b)
+    assert_same_tensors(whole.checkpoint("best"), resumed.checkpoint("best"))
+    untimed = ("images_per_second", "data_wait", "memory_bytes")
+    for kind in ("train", "eval"):
+        events = [[{k: v for k, v in e.items() if k not in untimed} for e in r.events(kind)] for r in (whole, resumed)]
+        assert events[0] == events[1]
+
+    again = run_main(*flags)
+    assert "after step 18" in again.stdout
+    assert_same_tensors(again.checkpoint()["model"], b["model"])
+
+
+def test_what_a_run_leaves_behind(run_main, digits):
+    result = run_main(*TINY_RUN, "TRAIN.EMA_DECAY", "0.5", "--data-path", digits, "--batch-size", "8")
+    assert {p.name for p in result.results.iterdir()} == {
+        "config.yaml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints",
+    }  # fmt: skip
+    resolved = build_config(str(result.results / "config.yaml"))
+    assert (8, 2, str(digits)) == (resolved.DATA.BATCH_SIZE, resolved.TRAIN.EPOCHS, resolved.DATA.DATA_PATH)
+    train, evaluations = result.events("train"), result.events("eval")
+    assert [event["step"] for event in train] == list(range(1, 19))
+    assert [event["epoch"] for event in train] == [1] * 9 + [2] * 9
+    assert {"event", "step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "data_wait"} < train[0].keys()
+    assert [(event["epoch"], event["step"], event["weights"]) for event in evaluations] == [
+        (1, 9, "model"), (1, 9, "ema"), (2, 18, "model"), (2, 18, "ema"),
+    ]  # fmt: skip
+    assert all({"top1", "top5", "loss", "images"} < event.keys() for event in evaluations)
+    best, last = result.checkpoint("best"), result.checkpoint("last")
+    assert best["top1"] == max(event["top1"] for event in evaluations) == last["best_top1"]
+    assert best["model"].keys() == last["model"].keys()
+    assert "patch_embed.projs.0.weight" in best["model"]
+    assert list(result.results.glob("tensorboard/events*"))
+    log = (result.results / "log.txt").read_text()
+    assert "crossformer_micro  2.6 M parameters" in log
+    assert "global batch 8" in log
+    assert "epoch 2/2  step 18/18" in log
+
+    evaluated = run_main(
+        "--cfg", result.results / "config.yaml", "--eval", "--resume", result.results / "checkpoints" / "best.pth"
+    )
+    assert evaluated.events("eval")[-1]["top1"] == best["top1"]
+    assert (result.results / "config.yaml").read_text() == resolved.dump()
+
+
+def test_learning_rates_of_the_steps(run_main, digits):
+    """The rate of each step, and that the file's setting holds where no flag is given (fault 1)."""
+    result = run_main(*TINY_RUN, "TRAIN.LR_REFERENCE_BATCH", "0", "--data-path", digits, "--batch-size", "24")
+    rates = [event["lr"] for event in result.events("train")]
+    warm_up = [1e-5 + (1e-3 - 1e-5) * step / 3 for step in range(3)]
+    assert rates[:3] == pytest.approx(warm_up, rel=1e-6)
+    assert rates[3] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-6)  # half of the cosine is over
+
+
+def test_another_batch_size_cannot_carry_on_and_says_so(run_main, digits):
+    run_main(*TINY_RUN, "--data-path", digits, "--batch-size", "12")
+    result = run_main(*TINY_RUN, "--data-path", digits, "--batch-size", "8", ok=False)
+    assert result.status == 2
+    assert "was trained with a global batch of 12, this run has 8" in result.error
+
+
+def test_fine_tuning_starts_from_the_trunk(run_main, digits, tmp_path):
+    import timm
+
+    import models  # noqa: F401
+
+    source = timm.create_model("crossformer_micro", num_classes=1000)
+    path = tmp_path / "pretrained.pth"
+    torch.save({"model": source.state_dict()}, path)
+    result = run_main(
+        *TINY_RUN, "--data-path", digits, "--batch-size", "36", "--pretrained", path,
+        "TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0",
+    )  # fmt: skip
+    assert "the head is new (1000 classes in the file, 10 in the data)" in result.stdout
+    trained = result.checkpoint()["model"]
+    assert trained["head.weight"].shape == (10, 256)
+    trunk = {key: value for key, value in source.state_dict().items() if not key.startswith("head")}
+    assert f"{len(trunk)} weights matched" in result.stdout
+    assert all(torch.equal(trained[key], value) for key, value in trunk.items())
+
+
+def test_compile_checkpointing_and_accumulation_on_two_processes(run_main, digits):
+    """What is switched on together in earnest; the weights must still be the same on both ranks (one saves)."""
+    flags = (
+        *TINY_RUN,
+        *PLAIN,
+        "TRAIN.EPOCHS",
+        "1",
+        "TRAIN.WARMUP_EPOCHS",
+        "0",
+        "--data-path",
+        digits,
+        "--use-checkpoint",
+    )
+    plain = run_main(*flags, "--batch-size", "24", "--tag", "a", tag="a")
+    both = run_main(
+        *flags,
+        "TRAIN.COMPILE",
+        "default",
+        "--batch-size",
+        "6",
+        "--accumulation-steps",
+        "2",
+        "--tag",
+        "b",
+        nproc=2,
+        tag="b",
+    )
+    assert plain.losses() == pytest.approx(both.losses(), abs=1e-4)
+
+
+def test_another_models_run(run_main, digits, tmp_path):
+    """Any hierarchical model of timm trains with the same loop."""
+    flags = ("MODEL.NAME", "resnet18", "MODEL.DROP_PATH_RATE", "0", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0")
+    run_main(*TINY_RUN, *flags, "--data-path", digits, "--batch-size", "36")
+    lines = (tmp_path / "output" / "resnet18" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["images"] == 37
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run_main, digits):
+    flags = ("TRAIN.BASE_LR", "1e30", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.CLIP_GRAD", "0")
+    result = run_main(*TINY_RUN, *flags, "--data-path", digits, "--batch-size", "8", ok=False)
+    assert result.status == 2
+    assert "the loss is nan at step" in result.error
+    assert "lower TRAIN.BASE_LR" in result.error
+
+
+def test_ctrl_c_says_how_to_carry_on(digits, tmp_path):
+    command = [sys.executable, "main.py", *TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2"]
+    command += ["--data-path", str(digits), "--batch-size", "8", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if "step 12/" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command carries on from the last checkpoint" in stderr
+    assert "Traceback" not in stderr
+
+
+class CountSynchronisations(TorchDispatchMode):
+    """Counts what would wait for a device: reading a tensor's value on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_no_step_waits_for_the_device(digits, tmp_path, amp):
+    """Fault 8: a run with twice the steps and as many log lines reads no more values."""
+    from engine.train import train
+
+    counts = []
+    for batch_size in ("24", "12"):
+        opts = ["DATA.BATCH_SIZE", batch_size, "DATA.DATA_PATH", str(digits), "OUTPUT", str(tmp_path / batch_size)]
+        opts += ["TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0", "PRINT_FREQ", "1000", "DATA.NUM_WORKERS", "1"]
+        opts += ["TRAIN.EMA_DECAY", "0.9", "TRAIN.ACCUMULATION_STEPS", "1", "AMP", amp, *RANDOM]
+        with CountSynchronisations() as counter:
+            train(build_config("configs/micro.yaml", opts), torch.device("cpu"))
+        counts.append(counter.count)
+    assert counts[0] == counts[1]

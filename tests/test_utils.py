@@ -1,0 +1,140 @@
+"""Checkpoint files, meters and logs."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+from engine.state import Checkpoints
+from utils import checkpoint
+from utils.errors import UserError
+from utils.logger import forget_after
+from utils.meters import DeviceMeters, Stopwatch
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_kill_while_saving_loses_nothing(tmp_path):
+    """Fault 6: the process is killed by the file-size limit in the middle of the second save."""
+    path = tmp_path / "last.pth"
+    checkpoint.save_atomically({"step": 1, "x": torch.zeros(1000)}, path)
+    code = (
+        "import torch; from pathlib import Path; from utils import checkpoint\n"
+        f"checkpoint.save_atomically({{'step': 2, 'x': torch.zeros(1000000)}}, Path({str(path)!r}))"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert killed.returncode != 0
+    assert checkpoint.read(path)["step"] == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+    """Fault 6: a file that is newer but cut short."""
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest() is None
+    for step in (1, 2, 3):
+        checkpoints.save_last({"step": step, "x": torch.arange(1000)})
+    content, path, damaged = checkpoints.newest()
+    assert (content["step"], path, damaged) == (3, tmp_path / "last.pth", [])
+    whole = checkpoints.last.read_bytes()
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        checkpoints.last.write_bytes(whole[:length])
+        content, path, damaged = checkpoints.newest()
+        assert (content["step"], path, len(damaged)) == (2, tmp_path / "previous.pth", 1)
+    checkpoints.last.unlink()  # a kill between the two renames
+    assert checkpoints.newest()[0]["step"] == 2
+    checkpoints.previous.write_bytes(b"")
+    with pytest.raises(UserError, match="previous.pth is damaged.*remove the file to start anew"):
+        checkpoints.newest()
+
+
+def published_format(state_dict: dict) -> dict:
+    """A checkpoint as published: with a pickled yacs config, older buffers, and prefixes on the keys."""
+    config = CfgNode({"MODEL": CfgNode({"NAME": "cross-scale", "DROP": None}), "EPOCHS": 300, "AMP": ("O1", 0.5)})
+    config.freeze()
+    model = {f"module.{key}": value for key, value in state_dict.items()}
+    model["module.layers.0.blocks.0.attn.biases"] = torch.zeros(169, 2)
+    model["module.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.int64)
+    scheduler = {"base_values": [1e-3], "metric": None, "noise_seed": 42}
+    optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "lr_scheduler": scheduler,
+        "max_accuracy": 82.5,
+        "epoch": 299,
+        "config": config,
+    }
+
+
+def test_published_checkpoints_are_read_with_every_weight_matched(tmp_path):
+    import timm
+
+    from models import load_weights
+
+    source = timm.create_model("crossformer_micro", num_classes=10)
+    own = source.state_dict()
+    variants = {
+        "published": published_format(own),
+        "bare": own,
+        "backbone": {"state_dict": {f"backbone.{key}": value for key, value in own.items()}},
+    }
+    for name, content in variants.items():
+        torch.save(content, tmp_path / name)
+        model = timm.create_model("crossformer_micro", num_classes=10)
+        state_dict = checkpoint.state_dict_of(checkpoint.read(tmp_path / name), name)
+        loaded = load_weights(model, state_dict, name, keep_trunk_only=False)
+        assert (loaded.matched, loaded.new_head) == (len(own), False)
+        assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
+    other_head = timm.create_model("crossformer_micro", num_classes=3)
+    head = other_head.head.weight.clone()
+    loaded = load_weights(other_head, own, "file", keep_trunk_only=True)
+    assert (loaded.matched, loaded.new_head, loaded.classes_in_file) == (len(own) - 2, True, 10)
+    assert torch.equal(other_head.head.weight, head)
+    assert torch.equal(other_head.norm.weight, own["norm.weight"])
+
+
+def test_safetensors_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert checkpoint.read(tmp_path / "x.safetensors")["a"].tolist() == [1, 1]
+
+
+def test_meters_average_over_steps_and_start_afresh():
+    meters = DeviceMeters()
+    for value in (1.0, 2.0, 6.0):
+        meters.add(loss=torch.tensor(value), grad_norm=torch.tensor(2 * value))
+    assert meters.read() == {"grad_norm": 6.0, "loss": 3.0}
+    meters.add(loss=torch.tensor(5.0))
+    assert meters.read() == {"loss": 5.0}
+
+
+def test_stopwatch_counts_images_and_waiting():
+    stopwatch = Stopwatch()
+    stopwatch.images(10)
+    stopwatch.waited(1e9)
+    values = stopwatch.read()
+    assert values["images_per_second"] > 0
+    assert values["data_wait"] > 1
+    assert stopwatch.read() == {"images_per_second": 0.0, "data_wait": 0.0}
+
+
+def test_a_restart_forgets_what_came_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"event": "train", "step": step}) for step in (1, 2, 3)]
+    lines.append(json.dumps({"event": "eval", "step": 9, "checkpoint": "other.pth"}))
+    path.write_text("\n".join(lines) + '\n{"event": "tra')
+    forget_after(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 9]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
