@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 
 from config import build_config
 from utils import distributed
@@ -11,6 +12,9 @@ from utils.errors import UserError, did_you_mean
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
+
+SECONDS_FOR_RANK_0_TO_SPEAK = 5
+"""torchrun ends all processes as soon as one has failed, so the silent ones wait."""
 
 LAUNCH = {"train": "train", "evaluate": "run_evaluation", "throughput": "run_throughput"}
 
@@ -94,6 +98,8 @@ def main(arguments: list[str]) -> int:
     except distributed.AgreedError as error:
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         return 2
     except UserError as error:
         where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""

@@ -35,14 +35,21 @@ def build_optimizer(config, model: nn.Module) -> Optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, fused=True, **adam)
         case "sgd":
-            nesterov = settings.MOMENTUM > 0
-            return torch.optim.SGD(
-                groups, lr=config.TRAIN.BASE_LR, momentum=settings.MOMENTUM, nesterov=nesterov, fused=True
-            )
+            return _sgd(groups, config.TRAIN.BASE_LR, settings.MOMENTUM)
         case "fused_adam":
             return _apex().FusedAdam(groups, adam_w_mode=True, **adam)
         case "fused_lamb":
             return _apex().FusedLAMB(groups, **adam)
+
+
+def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    if momentum > 0:
+        # The fused kernel leaves its momentum uninitialised when the very first step is skipped (fp16 overflow)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _apex():

@@ -59,7 +59,7 @@ def test_images_that_cannot_be_decoded_count_nowhere(run_main, digits, weights, 
     assert stopped.status == 2
     assert "9999.png: cannot identify image file" in stopped.error
     assert "--opts DATA.ON_BAD_IMAGE skip" in stopped.error
-    skipping = run_main(*flags, "DATA.ON_BAD_IMAGE", "skip")
+    skipping = run_main(*flags, "--opts", "DATA.ON_BAD_IMAGE", "skip")
     assert skipping.events("eval")[-1]["images"] == 37
     assert "skipped image" in skipping.stdout
     assert "9999.png" in skipping.stdout
