@@ -83,7 +83,7 @@ _C.TRAIN.CLIP_GRAD = 5.0
 _C.TRAIN.ACCUMULATION_STEPS = 1
 # Recompute activations in the backward pass: less memory, about a third more time
 _C.TRAIN.USE_CHECKPOINT = False
-# torch.compile mode: none | default | reduce-overhead | max-autotune
+# torch.compile mode: none | default | max-autotune-no-cudagraphs
 _C.TRAIN.COMPILE = "none"
 # Decay of the moving average of the weights, for example 0.9999; 0 keeps none
 _C.TRAIN.EMA_DECAY = 0.0
@@ -156,7 +156,7 @@ CHOICES = {
     "AUG.REMODE": ("pixel", "rand", "const"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest", "lanczos"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
-    "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
+    "TRAIN.COMPILE": ("none", "default", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd", "fused_adam", "fused_lamb"),
 }
@@ -181,6 +181,13 @@ NUMBER_LISTS = {
     "TRAIN.OPTIMIZER.BETAS": (2,),
 }  # fmt: skip
 """Lists of numbers, and how many of them there may be."""
+
+NO_EFFECT = (
+    "DATA.BATCH_SIZE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT",
+    "PRINT_FREQ", "TAG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS",
+    "TRAIN.SAVE_EVERY_STEPS",
+)  # fmt: skip
+"""Settings that a resumed run may change freely (what matters of a batch is checked as the global batch)."""
 
 Setting = tuple[str, Any, str]
 """A key, its value, and where it was set, for errors."""
@@ -234,7 +241,7 @@ def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting
     settings = list(_settings_of(document, path_shown)) if document else []
     for key, value, source in settings:
         if key == "BASE":
-            if not isinstance(value, str | list):
+            if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 raise UserError(f"BASE ({source}) must be a file name or a list of them")
             for base in [value] if isinstance(value, str) else value:
                 if base:
@@ -269,7 +276,10 @@ def _pairs(opts: list[str]) -> Iterator[Setting]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
-        yield key, text if value is None else value, "--opts"
+        if key == "BASE":
+            raise UserError("BASE belongs in a YAML file; on the command line give the file with --cfg")
+        is_text = isinstance(_lookup(key, "--opts"), str) and not isinstance(value, bool)
+        yield key, text if is_text or value is None else value, "--opts"  # a TAG 010 is not 8
 
 
 def _lookup(key: str, source: str) -> Any:
@@ -342,10 +352,11 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
             numbers = value if key in ("GROUP_SIZE", "INTERVAL") and isinstance(value, list) else [value]
             if not numbers or not all(type(n) is int and n >= 1 for n in numbers):
                 fail(f"MODEL.CROSSFORMER.{key}", "must hold whole numbers of at least 1, for example [7, 7, 7, 7]")
-    for key in ("AUG.SCALE", "AUG.RATIO", "AUG.CUTMIX_MINMAX"):
-        value = get(config, key)
-        if value and not 0 < value[0] <= value[1]:
+    for key in ("AUG.SCALE", "AUG.RATIO"):
+        if not 0 < get(config, key)[0] <= get(config, key)[1]:
             fail(key, "must be a smallest value above 0 and a largest")
+    if config.AUG.CUTMIX_MINMAX and not 0 < config.AUG.CUTMIX_MINMAX[0] < config.AUG.CUTMIX_MINMAX[1] <= 1:
+        fail("AUG.CUTMIX_MINMAX", "must be a smallest share above 0 and a larger one of at most 1, or []")
     if min(config.DATA.STD) <= 0:
         fail("DATA.STD", "each must be above 0")
     if not all(0 <= beta < 1 for beta in config.TRAIN.OPTIMIZER.BETAS):
@@ -357,8 +368,24 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         fail("MODEL.PRETRAINED", "give either --resume (carry on a run) or --pretrained (start one), not both")
     for key in ("MODEL.NAME", "TAG", "OUTPUT"):
-        if not get(config, key) or ".." in Path(get(config, key)).parts:
-            fail(key, "must name a folder, without '..'" if key != "OUTPUT" else "must name a folder")
+        path = Path(get(config, key))
+        if not path.parts or (key != "OUTPUT" and (".." in path.parts or path.is_absolute())):
+            fail(key, "must name a folder below OUTPUT" if key != "OUTPUT" else "must name a folder")
+
+
+def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:
+    """The settings that may change what a run computes and differ from a dumped config: key, value there, here."""
+    before = CfgNode(yaml.safe_load(dumped))
+    pairs = ((key, get(before, key) if _has(before, key) else None, get(config, key)) for key in all_keys())
+    return [pair for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(NO_EFFECT)]
+
+
+def _has(config: CfgNode, key: str) -> bool:
+    try:
+        get(config, key)
+    except KeyError:
+        return False
+    return True
 
 
 def output_dir(config: CfgNode) -> Path:

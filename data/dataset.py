@@ -11,21 +11,30 @@ from torch.utils.data import Dataset
 from data.index import FolderIndex
 from utils.randomness import derive_seed, seed_cpu
 
+MAX_REPLACEMENTS = 100
+"""So many images in a row that cannot be decoded are no longer bad luck."""
+
 
 class Sample(NamedTuple):
-    """One image ``(3, H, W)`` with its class, or None where it could not be decoded; and which files could not be."""
+    """One image ``(3, H, W)`` with its class, or None instead of an image.
+
+    ``bad`` has a line for each file that could not be decoded, ``failure`` one that says why there can be no image at
+    all (a file that cannot be opened, say). A worker hands both on instead of raising, which would lose the plain line.
+    """
 
     image: Tensor | None
     target: int
-    bad: tuple[str, ...]
+    bad: tuple[str, ...] = ()
+    failure: str = ""
 
 
 class Batch(NamedTuple):
-    """Images ``(B, 3, H, W)``, their classes ``(B,)``, and a line for each file that could not be decoded."""
+    """Images ``(B, 3, H, W)`` and their classes ``(B,)``; ``bad`` and ``failure`` as in :class:`Sample`."""
 
     images: Tensor
     targets: Tensor
     bad: tuple[str, ...]
+    failure: str
 
 
 class ImageDataset(Dataset):
@@ -52,15 +61,18 @@ class ImageDataset(Dataset):
         epoch, i = key
         seed_cpu(derive_seed(self.seed, "sample", epoch, i))
         bad: list[str] = []
-        for candidate in range(i, i + len(self.index) if self.replace_bad else i + 1):
+        for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
+            path, target = self.index.path(candidate), int(self.index.labels[candidate])
             try:
-                image = decode(self.index.path(candidate))
+                image = decode(path)
             except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
-                bad.append(f"{self.index.path(candidate)}: {error or type(error).__name__}")
+                if getattr(error, "errno", None):  # it is not the image that is bad
+                    return Sample(None, target, tuple(bad), f"{path}: {error.strerror}")
+                bad.append(f"{path}: {error or type(error).__name__}")
             else:
-                return Sample(self.transform(image), int(self.index.labels[candidate]), tuple(bad))
-        return Sample(None, int(self.index.labels[i]), tuple(bad))
+                return Sample(self.transform(image), target, tuple(bad))
+        return Sample(None, target, tuple(bad), f"{path}: the {len(bad)}th in a row" if self.replace_bad else "")
 
 
 def decode(path) -> Image.Image:
@@ -74,4 +86,5 @@ def collate(samples: list[Sample]) -> Batch:
     present = [sample for sample in samples if sample.image is not None]
     images = torch.stack([sample.image for sample in present]) if present else torch.empty(0)
     targets = torch.tensor([sample.target for sample in present], dtype=torch.int64)
-    return Batch(images, targets, tuple(line for sample in samples for line in sample.bad))
+    bad = tuple(line for sample in samples for line in sample.bad)
+    return Batch(images, targets, bad, next((sample.failure for sample in samples if sample.failure), ""))

@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 def class_names(folder: Path) -> list[str]:
     """The class folders in ``folder``, sorted."""
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    names = sorted(e.name for e in _entries(folder) if e.is_dir() and not e.name.startswith("."))
     if not names:
         raise UserError(f"{folder} has no class folders; expected {folder}/CLASS/*.jpg")
     return names
@@ -40,7 +40,7 @@ class FolderIndex:
         for name in class_names(folder):
             if name not in number:
                 raise UserError(f"{folder / name} is not one of the {len(classes)} class folders of the training data")
-            paths = [f"{name}/{path}".encode() for path in sorted(_images(folder / name))]
+            paths = [os.fsencode(f"{name}/{path}") for path in sorted(_images(folder / name))]
             if not paths:
                 raise UserError(
                     f"class folder {folder / name} holds no image ({' '.join(IMG_EXTENSIONS)}); "
@@ -60,15 +60,17 @@ class FolderIndex:
     def path(self, i: int) -> Path:
         """The file of image ``i``."""
         start = self._ends[i - 1] if i else 0
-        return self.folder / self._names[start : self._ends[i]].tobytes().decode()
+        return self.folder / os.fsdecode(self._names[start : self._ends[i]].tobytes())
 
 
 def _images(folder: Path, prefix: str = "") -> Iterator[str]:
     """Paths of the images below ``folder``, relative to it."""
     for entry in _entries(folder):
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir():
             yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith("."):
+        elif entry.name.lower().endswith(IMG_EXTENSIONS):
             yield f"{prefix}{entry.name}"
 
 

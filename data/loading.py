@@ -1,12 +1,14 @@
 """Batches on the device, in the order that a sampler gives."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.dataset import Batch, ImageDataset, collate
+from data.dataset import ImageDataset, collate
 from data.sampling import EvalBatches, TrainBatches
 from utils.errors import UserError
 
@@ -21,6 +23,8 @@ def stop_on_bad_image(line: str) -> None:
 
 
 class _Loader:
+    """Yields images ``(B, 3, H, W)`` and classes ``(B,)`` on the device."""
+
     def __init__(
         self,
         dataset: ImageDataset,
@@ -40,17 +44,21 @@ class _Loader:
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
+            # Forked workers share the index; others would get a copy each
+            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
             worker_init_fn=_leave_ctrl_c_to_the_main_process if num_workers else None,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        for images, targets, bad in self._loader:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, targets, bad, failure in self._loader:
             for line in bad:
                 self.on_bad_image(line)
                 self.skipped += 1
+            if failure:
+                raise UserError(f"image {failure}")
             if len(targets):
                 images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                yield Batch(images, targets.to(self.device, non_blocking=True), bad)
+                yield images, targets.to(self.device, non_blocking=True)
 
 
 class TrainLoader(_Loader):
@@ -66,7 +74,7 @@ class TrainLoader(_Loader):
     def global_batch(self) -> int:
         return self.batches.global_batch
 
-    def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+    def micro_batches(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
         self.batches.first_step, self.batches.last_step = first_step, last_step
         return iter(self)

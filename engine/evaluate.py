@@ -1,7 +1,5 @@
 """Evaluation: every image counts exactly once, on any number of processes and any batch size."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,7 +7,7 @@ from torch import nn
 from config import output_dir
 from data import build_loaders
 from data.loading import EvalLoader
-from engine.model import compile_in_place, prepare_model
+from engine.model import compile_in_place, giga_macs, prepare_model
 from engine.precision import Precision, choose_precision
 from models import load_weights
 from utils import checkpoint
@@ -28,7 +26,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision) -> dict
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, top-1, top-5, loss
-    for images, targets, _ in loader:
+    for images, targets in loader:
         with precision.autocast():
             logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
@@ -52,6 +50,7 @@ def run_evaluation(config, device: torch.device) -> None:
         loaders = build_loaders(config, device, training=False)
         content = checkpoint.read(path)
         model = prepare_model(config, len(loaders.classes), device)
+        giga_macs(model, config.DATA.IMG_SIZE, device)  # refuses an image size that the model does not take
         check_classes(content, loaders.classes, path)
         candidates = {content.get("weights", "model"): checkpoint.state_dict_of(content, path)}
         if content.get("ema"):
@@ -61,16 +60,13 @@ def run_evaluation(config, device: torch.device) -> None:
     if config.DATA.ON_BAD_IMAGE == "skip":
         loaders.val.on_bad_image = log.bad_image
     compile_in_place(config, model)
-    for weights, state_dict in candidates.items():
-        with agreement():
-            load_weights(model, state_dict, path, keep_trunk_only=False)
-        result = evaluate(model, loaders.val, precision)
-        log.evaluation(
-            {"step": content.get("step"), "epoch": content.get("epoch"), "weights": weights, **result},
-            f"{weights} of {Path(path)}",
-            checkpoint=str(path),
-        )
-    log.close()
+    with log:
+        for weights, state_dict in candidates.items():
+            with agreement():
+                load_weights(model, state_dict, path, allow_new_head=False)
+            result = evaluate(model, loaders.val, precision)
+            values = {"step": content.get("step"), "epoch": content.get("epoch"), "weights": weights, **result}
+            log.evaluation(values, f"{weights} of {path}", checkpoint=path)
 
 
 def check_classes(content: dict, classes: list[str], path: str) -> None:

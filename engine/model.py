@@ -21,8 +21,6 @@ def prepare_model(config, num_classes: int, device: torch.device) -> nn.Module:
 def compile_in_place(config, model: nn.Module) -> None:
     """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay."""
     if config.TRAIN.COMPILE != "none":
-        if config.TRAIN.USE_CHECKPOINT:
-            torch._dynamo.config.optimize_ddp = False  # splitting the graph for DDP fails on recomputed blocks
         model.compile(mode=config.TRAIN.COMPILE)
 
 

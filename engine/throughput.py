@@ -13,7 +13,7 @@ from rich.table import Table
 from config import output_dir
 from engine.model import compile_in_place, giga_macs, prepare_model
 from engine.precision import choose_precision
-from engine.train import build_criterion
+from engine.train import build_criterion, update_weights
 from optimizer import build_optimizer
 from utils.distributed import world_size
 from utils.errors import UserError
@@ -30,11 +30,14 @@ def run_throughput(config, device: torch.device) -> dict:
     """``--throughput``: time the forward pass and the training step; prints a table, appends to throughput.json."""
     if world_size() > 1:
         raise UserError("--throughput times one device: start it without torchrun")
+    if config.MODEL.RESUME or config.MODEL.PRETRAINED:
+        raise UserError("--throughput times random weights: leave out --resume and --pretrained")
     precision = choose_precision(config, device)
     classes = config.MODEL.NUM_CLASSES or 1000
     model = prepare_model(config, classes, device)
     gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
     optimizer, scaler = build_optimizer(config, model), precision.scaler()
+    parameters = list(model.parameters())
     criterion = build_criterion(config, soft_targets=False)
     compile_in_place(config, model)
 
@@ -51,9 +54,7 @@ def run_throughput(config, device: torch.device) -> dict:
         with precision.autocast():
             loss = criterion(model(images), targets)
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update_weights(optimizer, scaler, parameters, config.TRAIN.CLIP_GRAD or float("inf"))
 
     log = RunLog(output_dir(config), config, "throughput")
     result = {
@@ -84,8 +85,8 @@ def run_throughput(config, device: torch.device) -> dict:
     print_table(result)
     with open(log.folder / "throughput.json", "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
-    log.message(f"results in {log.folder / 'throughput.json'}")
-    log.close()
+    with log:
+        log.message(f"results in {log.folder / 'throughput.json'}")
     return result
 
 

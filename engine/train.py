@@ -1,7 +1,7 @@
-"""Training. The loop in :func:`train` reads from top to bottom like the algorithm."""
+"""Training. The loop in :func:`take_steps` reads from top to bottom like the algorithm."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,17 +14,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from config import output_dir
-from data import build_loaders, build_mixing
+from data import Loaders, build_loaders, build_mixing
 from engine.evaluate import check_classes, evaluate
 from engine.model import compile_in_place, giga_macs, prepare_model, share_gradients
 from engine.precision import Precision, choose_precision
 from engine.state import Checkpoints, TrainState, check_resumable
-from lr_scheduler import build_scheduler
+from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
-from utils.distributed import agreement, from_main, is_main, rank, sum_over_ranks, world_size
-from utils.errors import UserError
+from utils.distributed import AgreedError, agreement, from_main, is_main, rank, sum_over_ranks, world_size
 from utils.logger import RunLog
 from utils.meters import DeviceMeters, Stopwatch, peak_memory_bytes
 from utils.randomness import seed_everything
@@ -34,32 +33,67 @@ def train(config, device: torch.device) -> None:
     """Train for TRAIN.EPOCHS, from the start or from where an earlier run of the same name stopped."""
     with agreement():
         loaders = build_loaders(config, device)
-        loader, steps_per_epoch = loaders.train, loaders.train.steps_per_epoch
+        steps_per_epoch, global_batch = loaders.train.steps_per_epoch, loaders.train.global_batch
         precision = choose_precision(config, device)
         model = prepare_model(config, len(loaders.classes), device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
         mix = build_mixing(config, len(loaders.classes))
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
-        schedule = build_scheduler(config, steps_per_epoch, loader.global_batch)
+        schedule = build_scheduler(config, steps_per_epoch, global_batch)
         checkpoints = Checkpoints(output_dir(config) / "checkpoints")
-        started_from = start_or_resume(config, state, checkpoints, loaders)
+    started_from = start_or_resume(config, state, checkpoints, loaders)
+    with agreement():
         total_steps = config.TRAIN.EPOCHS * steps_per_epoch
-        log = RunLog(output_dir(config), config, "train", total_steps, steps_per_epoch, first_step=state.step)
-    log.message(describe(config, model, gmac, precision, loaders))
-    log.message(started_from)
-    if config.DATA.ON_BAD_IMAGE == "skip":
-        loader.on_bad_image = loaders.val.on_bad_image = log.bad_image
+        log = RunLog(
+            output_dir(config), config, "train", total_steps, steps_per_epoch, state.step, state.evaluated_step
+        )
+    with log:
+        log.message(describe(config, model, gmac, precision, loaders))
+        for line in started_from:
+            log.message(line)
+        if config.DATA.ON_BAD_IMAGE == "skip":
+            loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
+        compile_in_place(config, model)
+        take_steps(config, state, loaders, schedule, mix, precision, checkpoints, log)
+        log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
 
-    criterion = build_criterion(config, mix is not None)
-    if mix is None:
-        mix = leave_unmixed
-    compile_in_place(config, model)
-    trained_model = share_gradients(model, device)
+
+def take_steps(
+    config,
+    state: TrainState,
+    loaders: Loaders,
+    schedule: Schedule,
+    mix: Callable | None,
+    precision: Precision,
+    checkpoints: Checkpoints,
+    log: RunLog,
+) -> None:
+    """The training loop, from ``state.step`` to the end."""
+    loader, device = loaders.train, precision.device
+    steps_per_epoch, total_steps = loader.steps_per_epoch, config.TRAIN.EPOCHS * loader.steps_per_epoch
+    accumulation, save_every = config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.SAVE_EVERY_STEPS
+    criterion = build_criterion(config, soft_targets=mix is not None)
+    model = share_gradients(state.model, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_norm = config.TRAIN.CLIP_GRAD or float("inf")
-    accumulation = config.TRAIN.ACCUMULATION_STEPS
     meters, stopwatch = DeviceMeters(), Stopwatch()
 
+    def evaluation_due(step: int) -> bool:
+        epoch, steps_into_epoch = divmod(step, steps_per_epoch)
+        return not steps_into_epoch and (epoch % config.TRAIN.EVAL_EVERY_EPOCHS == 0 or step == total_steps)
+
+    def save() -> None:
+        if is_main():
+            facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
+            epoch = state.step // steps_per_epoch
+            checkpoints.save_last({**state.content(), **facts, "epoch": epoch, "config": config.dump()})
+
+    def evaluate_and_save() -> None:
+        evaluate_and_keep_best(state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
+        save()
+
+    if evaluation_due(state.step) and state.evaluated_step < state.step:
+        evaluate_and_save()  # an earlier run stopped between a save and its evaluation
     model.train()
     batches = timed(loader.micro_batches(state.step, total_steps), stopwatch)
     for step in range(state.step, total_steps):
@@ -67,44 +101,38 @@ def train(config, device: torch.device) -> None:
         set_learning_rate(state.optimizer, learning_rate)
         step_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
-            images, targets, _ = next(batches)
+            images, targets = next(batches)
             seed_everything(device, config.SEED, "step", step, micro_step, rank())  # nothing random is ever stored
-            images, targets = mix(images, targets)
-            with sync_gradients(trained_model, on=micro_step == accumulation - 1):
+            if mix is not None:
+                images, targets = mix(images, targets)
+            with sync_gradients(model, on=micro_step == accumulation - 1):
                 with precision.autocast():
-                    loss = criterion(trained_model(images), targets) / accumulation
+                    loss = criterion(model(images), targets) / accumulation
                 state.scaler.scale(loss).backward()
             step_loss += loss.detach()
-        state.scaler.unscale_(state.optimizer)
-        grad_norm = clip_grad_norm_(parameters, max_norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        grad_norm = update_weights(state.optimizer, state.scaler, parameters, max_norm)
         if state.ema:
-            state.ema.update(model, step=step + 1)
+            state.ema.update(state.model, step=step + 1)
         state.step = step + 1
         meters.add(loss=step_loss, grad_norm=grad_norm)  # stays on the device
         stopwatch.images(loader.global_batch)
         log.advance(state.step)
 
-        epoch, end_of_epoch = step // steps_per_epoch + 1, state.step % steps_per_epoch == 0
-        if end_of_epoch or state.step % config.PRINT_FREQ == 0:  # the only place that waits for the device
-            values = {"epoch": epoch, "lr": learning_rate, **meters.read(), **stopwatch.read()}
+        end_of_epoch = state.step % steps_per_epoch == 0
+        log_due = end_of_epoch or state.step % config.PRINT_FREQ == 0
+        save_due = end_of_epoch or (save_every and state.step % save_every == 0)
+        if log_due:  # only here and before a save is the device waited for
+            values = {"epoch": step // steps_per_epoch + 1, "lr": learning_rate, **meters.read(), **stopwatch.read()}
             values["memory_bytes"] = peak_memory_bytes(device)
             values["skipped_images"] = int(sum_over_ranks(torch.tensor(loader.skipped)))
             log.train(state.step, values)
-            stop_if_not_finite(values["loss"], state.step, checkpoints)
-        if end_of_epoch and (epoch % config.TRAIN.EVAL_EVERY_EPOCHS == 0 or epoch == config.TRAIN.EPOCHS):
-            evaluate_and_keep_best(state, loaders, precision, epoch, log, checkpoints)
+        if log_due or save_due:
+            stop_if_not_finite(state, checkpoints)
+        if save_due:
+            save()
+        if evaluation_due(state.step):
+            evaluate_and_save()
             stopwatch.restart()
-        save_every = config.TRAIN.SAVE_EVERY_STEPS
-        if is_main() and (end_of_epoch or (save_every and state.step % save_every == 0)):
-            facts = {"global_batch": loader.global_batch, "steps_per_epoch": steps_per_epoch}
-            checkpoints.save_last(
-                {**state.content(), **facts, "epoch": epoch, "classes": loaders.classes, "config": config.dump()}
-            )
-    log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
-    log.close()
 
 
 def build_criterion(config, soft_targets: bool) -> nn.Module:
@@ -121,37 +149,53 @@ def build_ema(config, model: nn.Module) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
 
 
-def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders) -> str:
-    """Give ``state`` its first weights, or all that an earlier run has saved; returns a line that says which.
+def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders: Loaders) -> list[str]:
+    """Give ``state`` its first weights, or all that an earlier run has saved; returns lines that say which.
 
     The run's own last checkpoint goes before MODEL.RESUME, so that the same command again carries on.
     """
-    newest = checkpoints.newest() if is_main() and config.TRAIN.AUTO_RESUME else None
-    path, damaged = from_main((newest[1], newest[2]) if newest else (None, []))
-    if path is None and config.MODEL.RESUME:
-        path = Path(config.MODEL.RESUME)
-    if path is not None:
-        content = newest[0] if newest else checkpoint.read(path)
-        check_resumable(content, path, loaders.train.global_batch, loaders.train.steps_per_epoch)
-        check_classes(content, loaders.classes, str(path))
-        state.restore(content, path)
-        warning = "".join(f"{line}; using the one before it. " for line in damaged)
-        return f"{warning}carrying on from {path} after step {state.step:,}"
-    if config.MODEL.PRETRAINED:
-        path = config.MODEL.PRETRAINED
-        weights = checkpoint.state_dict_of(checkpoint.read(path), path)
-        loaded = load_weights(state.model, weights, path, keep_trunk_only=True)
-        if state.ema:
-            state.ema.set(state.model)
-        head = "the head too"
-        if loaded.new_head:
-            had = f"{loaded.classes_in_file} classes" if loaded.classes_in_file else "no head"
-            head = f"the head is new ({had} in the file, {len(loaders.classes)} in the data)"
-        return f"starting from {path}: {loaded.matched} weights matched, {head}"
-    return "starting from random weights"
+    lines: list[str] = []
+    path = None
+    with agreement():
+        if is_main() and config.TRAIN.AUTO_RESUME:
+            path, lines = checkpoints.newest()
+    path, lines = from_main((path, lines))
+    with agreement():
+        if path is not None and config.MODEL.RESUME:
+            lines.append(f"MODEL.RESUME {config.MODEL.RESUME} is not used, for this run has begun; else choose a --tag")
+        path = path or config.MODEL.RESUME
+        if path:
+            lines += resume(config, state, Path(path), loaders)
+        elif config.MODEL.PRETRAINED:
+            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, len(loaders.classes)))
+        else:
+            lines.append("starting from random weights")
+    return lines
 
 
-def describe(config, model: nn.Module, gmac: float, precision: Precision, loaders) -> str:
+def resume(config, state: TrainState, path: Path, loaders: Loaders) -> list[str]:
+    """Be where the run that saved ``path`` was; returns lines that say so."""
+    content = checkpoint.read(path)
+    changed = check_resumable(content, path, config, loaders.train.global_batch, len(loaders.train.dataset))
+    check_classes(content, loaders.classes, str(path))
+    state.restore(content, path)
+    return [f"carrying on from {path} after step {state.step:,}", *changed]
+
+
+def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str:
+    """Begin with the weights in ``path``, and a new head where the classes differ; returns a line that says so."""
+    weights = checkpoint.state_dict_of(checkpoint.read(path), path)
+    loaded = load_weights(state.model, weights, path, allow_new_head=True)
+    if state.ema:
+        state.ema.set(state.model)
+    head = "the head too"
+    if loaded.new_head:
+        had = f"{loaded.classes_in_file} classes" if loaded.classes_in_file else "no head"
+        head = f"the head is new ({had} in the file, {num_classes} in the data)"
+    return f"starting from {path}: {loaded.matched} weights matched, {head}"
+
+
+def describe(config, model: nn.Module, gmac: float, precision: Precision, loaders: Loaders) -> str:
     """The first line of a run."""
     device = precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -175,11 +219,6 @@ def sync_gradients(model: nn.Module, on: bool):
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else nullcontext()
 
 
-def leave_unmixed(images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What to do with a batch when neither mixup nor cutmix is on."""
-    return images, targets
-
-
 def timed(batches: Iterator, stopwatch: Stopwatch) -> Iterator:
     """The same batches; the time spent waiting for each goes to the stopwatch."""
     while True:
@@ -191,19 +230,34 @@ def timed(batches: Iterator, stopwatch: Stopwatch) -> Iterator:
         yield batch
 
 
-def stop_if_not_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
-    """End a run whose weights are lost."""
-    if loss != loss or abs(loss) == float("inf"):
-        raise UserError(
-            f"the loss is {loss} at step {step}: lower TRAIN.BASE_LR, or try AMP none; "
-            f"the weights before may be in {checkpoints.best}"
+def update_weights(
+    optimizer: Optimizer, scaler: torch.amp.GradScaler, parameters: list[nn.Parameter], max_norm: float
+) -> torch.Tensor:
+    """Clip the gradients, step (unless fp16 has overflowed) and clear them; returns their norm before clipping."""
+    scaler.unscale_(optimizer)
+    grad_norm = clip_grad_norm_(parameters, max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def stop_if_not_finite(state: TrainState, checkpoints: Checkpoints) -> None:
+    """End a run whose weights are lost, before they reach a checkpoint. All ranks have the same weights."""
+    if not state.weights_are_finite():
+        saved = f"; {checkpoints.last} is from before" if checkpoints.last.exists() else ""
+        raise AgreedError(
+            f"the weights are not finite after step {state.step}: lower TRAIN.BASE_LR, warm up longer, "
+            f"or try AMP none{saved}"
         )
 
 
 def evaluate_and_keep_best(
-    state: TrainState, loaders, precision: Precision, epoch: int, log: RunLog, checkpoints: Checkpoints
+    state: TrainState, loaders: Loaders, precision: Precision, epoch: int, log: RunLog, checkpoints: Checkpoints
 ) -> None:
     """Evaluate the weights, and their moving average where there is one; keep what beats the best so far."""
+    state.share_buffers()
+    state.evaluated_step = state.step
     candidates = {"model": state.model, **({"ema": state.ema.module} if state.ema else {})}
     for weights, model in candidates.items():
         result = evaluate(model, loaders.val, precision)

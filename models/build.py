@@ -34,9 +34,15 @@ def build_model(config, num_classes: int) -> nn.Module:
     except ValueError as error:
         argument, _, rest = str(error).partition(" ")
         key = next((key for key, name in ARCHITECTURE.items() if name == argument), None)
-        if key is None:
+        raise UserError(f"MODEL.CROSSFORMER.{key} {rest}" if key else f"MODEL.NAME {name}: {error}") from error
+    except TypeError as error:
+        if "unexpected keyword argument 'drop" not in str(error):
             raise
-        raise UserError(f"MODEL.CROSSFORMER.{key} {rest}") from error
+        setting = str(error).split("'")[1].upper()
+        raise UserError(f"MODEL.NAME {name} has no {setting.lower()}: set MODEL.{setting} 0") from error
     if config.TRAIN.USE_CHECKPOINT:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise UserError(f"MODEL.NAME {name} cannot recompute: set TRAIN.USE_CHECKPOINT False") from error
     return model

@@ -18,6 +18,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.utils.checkpoint import checkpoint
 
 MIN_IMAGE_SIZE = 32
@@ -86,9 +87,8 @@ class Grouping(NamedTuple):
             offsets ``((2 * rows - 1) * (2 * columns - 1), 2)`` of (dy, dx) in steps of the interval, query minus key,
             and an index ``(N, N)`` from (query, key) into them, N = rows * columns.
         """
-        if torch.compiler.is_compiling():  # the compiler folds these; a cache would make it compile again
-            return _offsets(self.rows, self.columns, device)
-        return _cached_offsets(self.rows, self.columns, device)
+        make = _cached_offsets if _may_cache() else _offsets
+        return make(self.rows, self.columns, device)
 
     def key_mask(self, device: torch.device) -> Tensor | None:
         """0 where a key is a token and -inf where it is padding, ``(groups, 1, 1, N)``; None when nothing is padded.
@@ -98,7 +98,13 @@ class Grouping(NamedTuple):
         """
         if self.padding == (0, 0):
             return None
-        return _key_mask(self, device) if torch.compiler.is_compiling() else _cached_key_mask(self, device)
+        make = _cached_key_mask if _may_cache() else _key_mask
+        return make(self, device)
+
+
+def _may_cache() -> bool:
+    """Whether tensors are real ones: a compiler folds them itself, and a cache would make it compile again."""
+    return not torch.compiler.is_compiling() and detect_fake_mode() is None
 
 
 def _offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -183,7 +189,7 @@ class CrossScaleAttention(nn.Module):
         In evaluation without gradients the last one is kept until the mode or the weights change. A write through
         ``parameter.data`` that keeps the storage cannot be seen: call ``model.eval()`` after it.
         """
-        cacheable = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        cacheable = not (self.training or torch.is_grad_enabled()) and _may_cache()
         if not cacheable or self.pos.pos_proj.weight.is_inference():
             return self._compute_bias(grouping, dtype)
         weights = tuple((p.data_ptr(), p._version) for p in self.pos.parameters())

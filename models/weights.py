@@ -16,27 +16,29 @@ class Loaded(NamedTuple):
     classes_in_file: int | None
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, keep_trunk_only: bool) -> Loaded:
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, allow_new_head: bool) -> Loaded:
     """Copy ``state_dict`` (published, ours or from timm) into ``model``; every weight must match.
 
     Args:
         model: a timm model.
         state_dict: its keys may carry a prefix, see :func:`models.crossformer.checkpoint_filter_fn`.
         source: where it came from, for errors.
-        keep_trunk_only: when the number of classes differs, leave the head as it is instead of raising.
+        allow_new_head: when the number of classes differs, leave the head as it is instead of raising.
 
     Raises:
         UserError: a weight is missing, left over or of another shape.
     """
     weights = checkpoint_filter_fn(state_dict)
     own = model.state_dict()
-    head = f"{model.pretrained_cfg['classifier']}."
-    classes_in_file = len(weights[f"{head}weight"]) if f"{head}weight" in weights else None
+    classifier = model.pretrained_cfg["classifier"]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    head = tuple(f"{name}." for name in heads)
+    classes_in_file = len(weights[f"{heads[0]}.weight"]) if f"{heads[0]}.weight" in weights else None
     new_head = classes_in_file != model.num_classes
-    if new_head and not keep_trunk_only:
+    if new_head and not allow_new_head:
         raise UserError(
-            f"{classes_in_file or 'no'} classes in {source}, {model.num_classes} wanted here: "
-            "to keep the trunk and start a new head use --pretrained instead of --resume"
+            f"{classes_in_file or 'no'} classes in {source}, {model.num_classes} in the data; "
+            "to train a new head on its trunk start with --pretrained"
         )
     if new_head:
         weights = {key: value for key, value in weights.items() if not key.startswith(head)}

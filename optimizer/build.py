@@ -1,5 +1,7 @@
 """From a config and a model to an optimizer."""
 
+import math
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -39,7 +41,7 @@ def build_optimizer(config, model: nn.Module) -> Optimizer:
         case "fused_adam":
             return _apex().FusedAdam(groups, adam_w_mode=True, **adam)
         case "fused_lamb":
-            return _apex().FusedLAMB(groups, **adam)
+            return _apex().FusedLAMB(groups, max_grad_norm=math.inf, **adam)  # TRAIN.CLIP_GRAD has clipped already
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:

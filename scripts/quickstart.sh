@@ -6,12 +6,12 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
 python scripts/make_digits.py quickstart/digits
-processes=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+# 1, 2, 4, 8 ... processes, which divide the 32 images of a step: one for each GPU, or two on the CPU
+processes=$(python -c 'import torch; gpus = min(torch.cuda.device_count(), 32) or 2; print(1 << gpus.bit_length() - 1)')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the CPU processes share the cores
 run() { torchrun --standalone --nproc_per_node "$processes" main.py --cfg configs/micro.yaml --output quickstart "$@"; }
 results=quickstart/crossformer_micro/digits
 
-# 32 images a step, however many processes there are
 start=$SECONDS
 run --data-path quickstart/digits --tag digits --batch-size $((32 / processes))
 seconds=$((SECONDS - start))

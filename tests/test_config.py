@@ -121,7 +121,10 @@ def test_flags_of_the_swin_family():
         ("TRAIN.EMA_DECAY 1.0", "TRAIN.EMA_DECAY"),
         ("DATA.STD [0,1,1]", "DATA.STD"),
         ("TRAIN.OPTIMIZER.BETAS [0.9,1.0]", "TRAIN.OPTIMIZER.BETAS"),
-        ("TAG ../elsewhere", "TAG ../elsewhere .* without"),
+        ("TAG ../elsewhere", "TAG ../elsewhere .* a folder below OUTPUT"),
+        ("TAG /elsewhere", "TAG /elsewhere .* a folder below OUTPUT"),
+        ("BASE [x.yaml]", "BASE belongs in a YAML file"),
+        ("AUG.CUTMIX_MINMAX [0.5,0.5]", "AUG.CUTMIX_MINMAX .* a larger one"),
         ("TAG", "--opts takes pairs of KEY VALUE; TAG has no partner"),
         ("MODEL.RESUME a MODEL.PRETRAINED b", "either --resume .* or --pretrained"),
     ],
@@ -144,6 +147,7 @@ def test_a_mistake_is_named_with_the_remedy(opts, message):
         ("BASE: mine.yaml", "mine.yaml is its own BASE"),
         ("BASE: other.yaml", "other.yaml cannot be read: No such file"),
         ("BASE: 3", "BASE .* must be a file name"),
+        ("BASE: [3]", "BASE .* must be a file name"),
         ("TAG: !!python/object/apply:os.system ['echo no']", "TAG .*mine.yaml, line 1"),
     ],
 )
@@ -153,8 +157,8 @@ def test_a_mistake_in_a_file_is_named_with_its_line(text, message, tmp_path):
 
 
 def test_values_are_taken_as_meant():
-    c = build_config(opts=["TRAIN.BASE_LR", "5e-4", "TAG", "12", "TRAIN.CLIP_GRAD", "3", "AUG.AUTO_AUGMENT", "none"])
-    assert (c.TRAIN.BASE_LR, c.TAG, c.TRAIN.CLIP_GRAD, c.AUG.AUTO_AUGMENT) == (5e-4, "12", 3.0, "none")
+    c = build_config(opts=["TRAIN.BASE_LR", "5e-4", "TAG", "010", "TRAIN.CLIP_GRAD", "3", "AUG.AUTO_AUGMENT", "none"])
+    assert (c.TRAIN.BASE_LR, c.TAG, c.TRAIN.CLIP_GRAD, c.AUG.AUTO_AUGMENT) == (5e-4, "010", 3.0, "none")
     assert build_config(opts=["AUG.CUTMIX_MINMAX", "[0.2, 0.8]"]).AUG.CUTMIX_MINMAX == [0.2, 0.8]
 
 

@@ -310,3 +310,15 @@ def test_compiles_without_a_graph_break():
     assert torch.allclose(model.train()(x), expected_train, atol=1e-4)
     with torch.no_grad():
         assert torch.allclose(model.eval()(x), expected_eval, atol=1e-4)
+
+
+def test_fake_tensors_leave_no_trace():
+    """Estimators of memory and operations run a model on tensors without values: none may stay in a cache."""
+    from torch._subclasses import FakeTensorMode
+
+    model = micro(group_size=(3, 3, 3, 3)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    with torch.no_grad():
+        assert type(model(x)) is torch.Tensor

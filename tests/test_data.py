@@ -1,5 +1,6 @@
 """From files to batches: the index, decoding, sampling, augmentation and mixing."""
 
+import os
 import random
 import re
 from itertools import chain
@@ -29,14 +30,15 @@ def index_of(folder: Path) -> FolderIndex:
 
 
 def test_index_lists_every_image_once_in_order(tmp_path):
-    for name in ("b/2.png", "b/1.JPEG", "a/x/3.jpg", "a/notes.txt", "a/.hidden.jpg", "ü/ö.png"):
+    hidden = ("a/notes.txt", "a/.hidden.jpg", "a/.ipynb_checkpoints/1.png", ".git/1.png")
+    for name in ("b/2.png", "b/1.JPEG", "a/x/3.jpg", "ü/ö.png", os.fsdecode(b"\xff/\xfe.jpg"), *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     index = index_of(tmp_path)
     paths = [str(index.path(i).relative_to(tmp_path)) for i in range(len(index))]
-    assert paths == ["a/x/3.jpg", "b/1.JPEG", "b/2.png", "ü/ö.png"]
-    assert index.labels.tolist() == [0, 1, 1, 2]
-    assert index.classes == ["a", "b", "ü"]
+    assert paths == ["a/x/3.jpg", "b/1.JPEG", "b/2.png", "ü/ö.png", os.fsdecode(b"\xff/\xfe.jpg")]
+    assert index.labels.tolist() == [0, 1, 1, 2, 3]
+    assert all(index.path(i).exists() for i in range(len(index)))
 
 
 def test_index_holds_no_python_object_for_an_image(tmp_path):
@@ -116,8 +118,8 @@ def test_batches_do_not_depend_on_the_workers(digits, workers):
         return list(build_loaders(config, CPU).train.micro_batches(5, 20))  # from the middle of an epoch to the next
 
     for a, b in zip(batches(0), batches(workers), strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
 
 
 def test_one_permutation_an_epoch():
@@ -206,10 +208,37 @@ def test_a_bad_image_stops_the_run_by_default_or_is_replaced(tmp_path):
         skipping, lines = loaders("skip", workers), []
         skipping.train.on_bad_image = skipping.val.on_bad_image = lines.append
         batches = list(skipping.train.micro_batches(0, 2))
-        assert [len(batch.images) for batch in batches] == [10, 10]
+        assert [len(images) for images, _ in batches] == [10, 10]
         assert skipping.train.skipped == 1
-        assert sum(len(batch.images) for batch in skipping.val) == 20
+        assert sum(len(images) for images, _ in skipping.val) == 20
         assert [line.split(":")[0] for line in lines] == [str(bad), str(tmp_path / "val" / "3" / "empty.png")]
+
+
+def test_a_file_that_cannot_be_opened_is_no_bad_image(digits, tmp_path):
+    """A mount that is gone must stop the run, not replace every image by another."""
+    import shutil
+
+    data = shutil.copytree(digits, tmp_path / "data")
+    opts = f"DATA.DATA_PATH {data} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 8 DATA.ON_BAD_IMAGE skip DATA.NUM_WORKERS 0"
+    loaders = build_loaders(build_config(opts=opts.split()), CPU)
+    loaders.train.on_bad_image = loaders.val.on_bad_image = pytest.fail
+    shutil.rmtree(data)
+    for batches in (loaders.train.micro_batches(0, 1), iter(loaders.val)):
+        with pytest.raises(UserError, match="png: No such file or directory"):
+            next(batches)
+
+
+def test_nothing_but_bad_images_ends_the_run(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / split / "a" / f"{i}.png").write_bytes(b"bad")
+    opts = f"DATA.DATA_PATH {tmp_path} DATA.BATCH_SIZE 8 DATA.ON_BAD_IMAGE skip DATA.NUM_WORKERS 0"
+    loaders = build_loaders(build_config(opts=opts.split()), CPU)
+    loaders.train.on_bad_image = loaders.val.on_bad_image = lambda line: None
+    with pytest.raises(UserError, match="the 100th in a row"):
+        next(loaders.train.micro_batches(0, 1))
+    assert list(loaders.val) == []
 
 
 def test_mixing_follows_the_seed_and_the_recipe():

@@ -119,7 +119,7 @@ def test_bad_checkpoints(error_of, tmp_path, digits):
     assert "lacks layers.0.blocks.0.attn.qkv.bias (16 weights missing, 0 left over)" in error(missing)
     a_thousand = timm.create_model("crossformer_micro", num_classes=1000).state_dict()
     assert "1000 classes in" in error(a_thousand)
-    assert "use --pretrained instead of --resume" in error(a_thousand)
+    assert "start with --pretrained" in error(a_thousand)
     other = {"model": weights, "classes": [f"c{i}" for i in range(10)]}
     assert "was trained on other classes: its class 0 is 'c0', the data's '0'" in error(other)
     assert "is not a file" in error_of(*data, "--eval", "--resume", "/nowhere")

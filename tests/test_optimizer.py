@@ -1,5 +1,6 @@
 """Parameter groups and optimizers."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 import models  # noqa: F401  (registers the models)
 from config import build_config
+from engine.train import update_weights
 from optimizer import build_optimizer, parameter_groups
 from utils.errors import UserError
 
@@ -50,14 +52,34 @@ def test_settings_reach_the_optimizer():
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"], sgd.defaults["fused"]) == (0.9, True, True)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
 @pytest.mark.parametrize("name", ["fused_adam", "fused_lamb"])
-def test_apex_is_optional_and_its_absence_explained(name):
+def test_the_absence_of_apex_is_explained(name):
     config = build_config(opts=["TRAIN.OPTIMIZER.NAME", name])
-    try:
-        import apex.optimizers
-    except ImportError:
-        with pytest.raises(UserError, match="needs NVIDIA apex, which is built from source .* use .* adamw"):
-            build_optimizer(config, torch.nn.Linear(2, 2))
-    else:
-        optimizer = build_optimizer(config, torch.nn.Linear(2, 2).cuda())
-        assert isinstance(optimizer, apex.optimizers.FusedAdam | apex.optimizers.FusedLAMB)
+    with pytest.raises(UserError, match="needs NVIDIA apex, which is built from source .* use .* adamw"):
+        build_optimizer(config, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["fused_adam", "fused_lamb"])
+def test_apex_takes_a_step(name):
+    pytest.importorskip("apex.optimizers")
+    model = torch.nn.Linear(2, 2).cuda()
+    optimizer = build_optimizer(build_config(opts=["TRAIN.OPTIMIZER.NAME", name]), model)
+    before = model.weight.clone()
+    model(torch.ones(1, 2, device="cuda")).sum().backward()
+    update_weights(optimizer, torch.amp.GradScaler("cuda", enabled=False), list(model.parameters()), 5.0)
+    assert not torch.equal(model.weight, before)
+    assert model.weight.grad is None
+
+
+def test_momentum_is_defined_when_the_first_step_is_skipped():
+    """As by fp16's loss scaling, whose first scale overflows; torch's fused kernel would use memory as it finds it."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = build_optimizer(build_config(opts=["TRAIN.OPTIMIZER.NAME", "sgd"]), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(model(torch.full((1, 64), torch.inf)).sum()).backward()
+    update_weights(optimizer, scaler, list(model.parameters()), 5.0)
+    assert scaler.get_scale() == 2.0**15
+    assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())

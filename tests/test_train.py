@@ -171,6 +171,68 @@ def test_another_batch_size_cannot_carry_on_and_says_so(run_main, digits):
     assert "was trained with a global batch of 12, this run has 8" in result.error
 
 
+def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
+    """Another optimizer or other images end with a line; other settings are named, and hold."""
+    import shutil
+
+    data = shutil.copytree(digits, tmp_path / "data")
+    flags = (*TINY_RUN, "--data-path", data, "--batch-size", "12")
+    run_main(*flags)
+    result = run_main(*flags, "--optim", "sgd", ok=False)
+    assert result.status == 2
+    assert "was trained with TRAIN.OPTIMIZER.NAME adamw, this run has sgd" in result.error
+    result = run_main(*flags, "--opts", "TRAIN.WEIGHT_DECAY", "0.3", "TRAIN.EPOCHS", "3")
+    assert "TRAIN.WEIGHT_DECAY was 0.05, is now 0.3" in result.stdout
+    assert "TRAIN.EPOCHS was 2, is now 3" in result.stdout
+    assert [g["weight_decay"] for g in result.checkpoint()["optimizer"]["param_groups"]] == [0.3, 0.0]
+    next(data.glob("train/*/*.png")).unlink()
+    result = run_main(*flags, ok=False)
+    assert "was trained on 72 images, DATA.DATA_PATH has 71, which changes their order" in result.error
+
+
+def test_a_failed_evaluation_costs_no_step_and_is_made_up_for(run_main, digits, tmp_path):
+    import shutil
+
+    data = shutil.copytree(digits, tmp_path / "data")
+    (data / "val" / "3" / "bad.png").write_bytes(b"no image")
+    flags = (*TINY_RUN, "--data-path", data, "--batch-size", "12")
+    stopped = run_main(*flags, ok=False)
+    assert "bad.png" in stopped.error
+    assert stopped.checkpoint()["step"] == 6
+    (data / "val" / "3" / "bad.png").unlink()
+    result = run_main(*flags)
+    assert "after step 6" in result.stdout
+    assert [event["epoch"] for event in result.events("eval")] == [1, 2]
+    again = run_main(*flags)
+    assert [event["epoch"] for event in again.events("eval")] == [1, 2]
+
+
+def test_damaged_checkpoints_on_several_ranks(run_main, digits):
+    """Only rank 0 looks for them; the others must not wait for it when it finds none that is whole."""
+    flags = (*TINY_RUN, "--data-path", digits, "--batch-size", "6")
+    folder = run_main(*flags, nproc=2).results / "checkpoints"
+    (folder / "last.pth").write_bytes(b"cut off")
+    result = run_main(*flags, nproc=2)
+    assert "last.pth is damaged" in result.stdout
+    assert "carrying on from" in result.stdout
+    for name in ("last.pth", "previous.pth"):
+        (folder / name).write_bytes(b"")
+    result = run_main(*flags, nproc=2, ok=False)
+    assert result.stderr.count("error: ") == 1
+    assert "previous.pth is damaged" in result.stderr
+
+
+def test_all_ranks_evaluate_the_same_batch_norm(run_main, digits, tmp_path):
+    """Each rank has statistics of its own until rank 0's are shared: what is logged must be what is saved."""
+    model = ("--opts", "MODEL.NAME", "resnet10t", "MODEL.DROP_PATH_RATE", "0")
+    flags = (*TINY_RUN, "--data-path", digits, "--batch-size", "9", *model)
+    run_main(*flags, nproc=2)
+    results = tmp_path / "output" / "resnet10t" / "run"
+    run_main(*flags, "--eval", "--resume", results / "checkpoints" / "last.pth")
+    losses = [json.loads(line)["loss"] for line in (results / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] == pytest.approx(losses[-2], rel=1e-6)
+
+
 def test_fine_tuning_starts_from_the_trunk(run_main, digits, tmp_path):
     import timm
 
@@ -191,9 +253,11 @@ def test_fine_tuning_starts_from_the_trunk(run_main, digits, tmp_path):
     assert all(torch.equal(trained[key], value) for key, value in trunk.items())
 
 
+@pytest.mark.slow
 def test_compile_checkpointing_and_accumulation_on_two_processes(run_main, digits):
-    """What is switched on together in earnest; the weights must still be the same on both ranks (one saves)."""
-    flags = (*TINY_RUN, *PLAIN, "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "--data-path", digits)
+    """What is switched on together in earnest."""
+    opts = ("TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "DATA.IMG_SIZE", "64")
+    flags = (*TINY_RUN, *PLAIN, *opts, "--data-path", digits)
     plain = run_main(*flags, "--batch-size", "24", "--tag", "a", tag="a")
     everything = ("--use-checkpoint", "--accumulation-steps", "2", "--opts", "TRAIN.COMPILE", "default")
     both = run_main(*flags, *everything, "--batch-size", "6", "--tag", "b", nproc=2, tag="b")
@@ -208,12 +272,24 @@ def test_another_models_run(run_main, digits, tmp_path):
     assert json.loads(lines[-1])["images"] == 37
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run_main, digits):
-    flags = ("TRAIN.BASE_LR", "1e30", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.CLIP_GRAD", "0")
+def test_weights_that_are_not_finite_end_the_run(run_main, digits):
+    flags = (
+        "TRAIN.SAVE_EVERY_STEPS",
+        "1",
+        "PRINT_FREQ",
+        "1000",
+        "TRAIN.BASE_LR",
+        "1e30",
+        "TRAIN.WARMUP_EPOCHS",
+        "0",
+        "TRAIN.CLIP_GRAD",
+        "0",
+    )
     result = run_main(*TINY_RUN, *flags, "--data-path", digits, "--batch-size", "8", ok=False)
     assert result.status == 2
-    assert "the loss is nan at step" in result.error
+    assert "the weights are not finite after step" in result.error
     assert "lower TRAIN.BASE_LR" in result.error
+    assert not list(result.results.glob("checkpoints/*"))  # what is lost reaches no checkpoint
 
 
 def test_ctrl_c_says_how_to_carry_on(digits, tmp_path):

@@ -41,20 +41,24 @@ def test_a_kill_while_saving_loses_nothing(tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     """Fault 6: a file that is newer but cut short."""
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.newest() is None
+    assert checkpoints.newest() == (None, [])
     for step in (1, 2, 3):
         checkpoints.save_last({"step": step, "x": torch.arange(1000)})
-    content, path, damaged = checkpoints.newest()
-    assert (content["step"], path, damaged) == (3, tmp_path / "last.pth", [])
+    assert checkpoints.newest() == (checkpoints.last, [])
     whole = checkpoints.last.read_bytes()
-    for length in (0, 1, len(whole) // 2, len(whole) - 1):
-        checkpoints.last.write_bytes(whole[:length])
-        content, path, damaged = checkpoints.newest()
-        assert (content["step"], path, len(damaged)) == (2, tmp_path / "previous.pth", 1)
-    checkpoints.last.unlink()  # a kill between the two renames
-    assert checkpoints.newest()[0]["step"] == 2
+    cut_short = [whole[:length] for length in (0, 1, len(whole) // 2, len(whole) - 1)]
+    for content in (*cut_short, b"cut off", b"\x80\x02cut\noff\n."):
+        checkpoints.last.write_bytes(content)
+        path, damaged = checkpoints.newest()
+        assert (path, len(damaged)) == (checkpoints.previous, 1)
+        assert checkpoint.read(path)["step"] == 2
+        assert not checkpoints.last.exists()  # also as after a kill between the two renames
+        assert (tmp_path / "last.pth.corrupt").read_bytes() == content
+    checkpoints.save_last({"step": 4})
+    assert checkpoint.read(checkpoints.previous)["step"] == 2  # a damaged file did not take its place
+    checkpoints.last.write_bytes(b"")
     checkpoints.previous.write_bytes(b"")
-    with pytest.raises(UserError, match="previous.pth is damaged.*remove the file to start anew"):
+    with pytest.raises(UserError, match="last.pth is damaged.*previous.pth is damaged.*starts anew"):
         checkpoints.newest()
 
 
@@ -93,12 +97,12 @@ def test_published_checkpoints_are_read_with_every_weight_matched(tmp_path):
         torch.save(content, tmp_path / name)
         model = timm.create_model("crossformer_micro", num_classes=10)
         state_dict = checkpoint.state_dict_of(checkpoint.read(tmp_path / name), name)
-        loaded = load_weights(model, state_dict, name, keep_trunk_only=False)
+        loaded = load_weights(model, state_dict, name, allow_new_head=False)
         assert (loaded.matched, loaded.new_head) == (len(own), False)
         assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
     other_head = timm.create_model("crossformer_micro", num_classes=3)
     head = other_head.head.weight.clone()
-    loaded = load_weights(other_head, own, "file", keep_trunk_only=True)
+    loaded = load_weights(other_head, own, "file", allow_new_head=True)
     assert (loaded.matched, loaded.new_head, loaded.classes_in_file) == (len(own) - 2, True, 10)
     assert torch.equal(other_head.head.weight, head)
     assert torch.equal(other_head.norm.weight, own["norm.weight"])
@@ -133,8 +137,9 @@ def test_stopwatch_counts_images_and_waiting():
 def test_a_restart_forgets_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"event": "train", "step": step}) for step in (1, 2, 3)]
+    lines += [json.dumps({"event": "eval", "step": step}) for step in (1, 2)]
     lines.append(json.dumps({"event": "eval", "step": 9, "checkpoint": "other.pth"}))
     path.write_text("\n".join(lines) + '\n{"event": "tra')
-    forget_after(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 9]
+    forget_after(path, 2, evaluated_step=1)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 1, 9]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]

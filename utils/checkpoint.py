@@ -8,17 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from utils.errors import UserError
 
+MAGIC = (b"PK\x03\x04", b"\x80\x02")
+"""How files of torch.save begin: a zip archive, or before torch 1.6 a pickle."""
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write ``content`` so that ``path`` holds either what it held before or all of the new content."""
+
+def save_atomically(content: dict[str, Any], path: Path, keep: Path | None = None) -> None:
+    """Write ``content`` so that ``path`` holds either what it held before or all of the new content.
+
+    With ``keep``, what it held before moves there once the new content is safely on disk.
+    """
     temporary = path.with_name(f".{path.name}.writing")
     with open(temporary, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep and path.exists():
+        os.replace(path, keep)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -45,11 +54,14 @@ def read(path: str | Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} is not a file; expected a checkpoint (.pth)")
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
             return load_file(path)
+        with open(path, "rb") as file:
+            if not file.read(4).startswith(MAGIC):
+                raise DamagedFile(f"{path} is damaged or not a checkpoint: it does not begin like one")
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:

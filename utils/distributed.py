@@ -68,11 +68,18 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
+def broadcast_from_main(tensor: torch.Tensor) -> None:
+    """Give the tensor rank 0's values (in place)."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+
+
 @contextmanager
 def agreement() -> Iterator[None]:
     """If any rank meets a :class:`UserError` in this block, all of them raise the first one when it ends.
 
-    Without it the ranks that met no error would wait for the others in their next collective.
+    Without it the ranks that met no error would wait for the others in their next collective. For the same reason
+    the block itself must not contain a collective.
     """
     error: UserError | None = None
     try:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from utils.distributed import is_main, rank
+from utils.distributed import is_main
 from utils.errors import UserError
 
 
@@ -27,13 +27,21 @@ class RunLog:
         total_steps: steps of the whole run.
         steps_per_epoch: of them, in each epoch.
         first_step: steps that are done already.
+        evaluated_step: the last of them whose evaluation is done.
 
     Raises:
         UserError: the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path, config, mode: str, total_steps: int = 0, steps_per_epoch: int = 1, first_step: int = 0
+        self,
+        folder: Path,
+        config,
+        mode: str,
+        total_steps: int = 0,
+        steps_per_epoch: int = 1,
+        first_step: int = 0,
+        evaluated_step: int = 0,
     ):
         self.folder = folder
         self.total_steps = total_steps
@@ -49,7 +57,7 @@ class RunLog:
             (folder / name).write_text(config.dump(), encoding="utf-8")
             self._text = open(folder / "log.txt", "a", encoding="utf-8")
             if mode == "train":
-                forget_after(folder / "metrics.jsonl", first_step)
+                forget_after(folder / "metrics.jsonl", first_step, evaluated_step)
             self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         except OSError as error:
             raise UserError(
@@ -61,8 +69,14 @@ class RunLog:
             self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
             if sys.stdout.isatty():
                 self._bar = _progress_bar()
-                self._task = self._bar.add_task("", total=total_steps, completed=first_step, facts="")
+                self._task = self._bar.add_task("starting", total=total_steps, completed=first_step, facts="")
                 self._bar.start()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
     def message(self, text: str) -> None:
         """A line for the person who watches."""
@@ -70,11 +84,11 @@ class RunLog:
             self._say(text)
 
     def bad_image(self, line: str) -> None:
-        """An image was skipped; said by the rank that met it."""
+        """An image was skipped; every rank notes it in ``skipped_images.txt``, rank 0 says it too."""
+        with open(self.folder / "skipped_images.txt", "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
         if is_main():
             self._say(f"skipped image {line}")
-        else:
-            print(f"rank {rank()}: skipped image {line}", file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
         """``step`` steps are done. Moves the bar; does not wait for the device."""
@@ -141,8 +155,8 @@ class RunLog:
         self._metrics.flush()
 
 
-def forget_after(metrics: Path, step: int) -> None:
-    """Remove the lines about later steps of training, and one that was cut short."""
+def forget_after(metrics: Path, step: int, evaluated_step: int) -> None:
+    """Remove the lines of a run about later steps than these of training and evaluation, and one that was cut short."""
     if not metrics.exists():
         return
     kept = []
@@ -151,7 +165,8 @@ def forget_after(metrics: Path, step: int) -> None:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if "checkpoint" in values or values["step"] <= step:
+        last = evaluated_step if values["event"] == "eval" else step
+        if "checkpoint" in values or values["step"] <= last:
             kept.append(line)
     temporary = metrics.with_name(f".{metrics.name}.writing")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -160,12 +175,14 @@ def forget_after(metrics: Path, step: int) -> None:
 
 def _progress_bar():
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
+    facts = Column(ratio=1, overflow="fold")  # wraps on a narrow terminal, so that nothing is cut off
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=10),
         TaskProgressColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", table_column=facts),
         TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("left"),
+        expand=True,
     )
