@@ -1,0 +1,75 @@
+"""What can only be seen on a GPU. Skipped without one."""
+
+import json
+import warnings
+
+import pytest
+import timm
+import torch
+from conftest import TINY_RUN
+from test_crossformer import fill, images
+
+from config import build_config
+from engine.train import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("name", ["crossformer_small", "crossformerpp_small"])
+@pytest.mark.parametrize("size", [(224, 224), (192, 640)])
+def test_same_logits_and_gradients_as_on_the_cpu(name, size):
+    results = []
+    for device in ("cpu", "cuda"):
+        model = timm.create_model(name)
+        fill(model)
+        model.to(device, memory_format=torch.channels_last)
+        out = model(images(0, 2, 3, *size).to(device))
+        out.square().mean().backward()
+        results.append((out.cpu(), [p.grad.norm().item() for p in model.parameters()]))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-3)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-2, abs=1e-4)
+
+
+def test_a_batch_with_more_groups_than_a_grid_dimension():
+    """256 images in 256 groups each are one more than the 65,535 blocks of a CUDA grid dimension."""
+    model = timm.create_model("crossformerpp_small", depths=(2, 1, 1, 1)).cuda()
+    x = torch.randn(256, 3, 224, 224, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        model(x).float().sum().backward()
+        small = model.eval()(x[-2:])
+        assert torch.allclose(model(x)[-2:], small, atol=0.05)
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_run_trains_and_carries_on(run_main, digits, amp):
+    flags = (*TINY_RUN, "AMP", amp, "AUG.MIXUP", "0.8", "TRAIN.EMA_DECAY", "0.9", "--data-path", digits)
+    first = run_main(*flags, "--batch-size", "12", "--accumulation-steps", "2")
+    assert f"  {amp.replace('none', 'fp32')}  1 x " in first.stdout
+    resumed = run_main(*flags, "--batch-size", "12", "--accumulation-steps", "2", "--opts", "TRAIN.EPOCHS", "4")
+    assert [event["step"] for event in resumed.events("train")] == list(range(1, 13))
+    assert all(event["memory_bytes"] > 0 for event in resumed.events("train"))
+
+
+def test_throughput(run_main):
+    result = run_main("--cfg", "configs/micro.yaml", "--tag", "run", "--throughput", "--batch-size", "64")
+    values = json.loads((result.results / "throughput.json").read_text())
+    assert values["precision"] == "bf16"
+    assert values["device"] == torch.cuda.get_device_name()
+
+
+def test_no_step_waits_for_the_device(digits, tmp_path):
+    """Fault 8, as CUDA itself sees it: twice the steps between two log lines bring no more synchronisations."""
+    counts = []
+    for batch_size in ("24", "12"):
+        opts = ["DATA.BATCH_SIZE", batch_size, "DATA.DATA_PATH", str(digits), "OUTPUT", str(tmp_path / batch_size)]
+        opts += "TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 1000 DATA.NUM_WORKERS 1 AUG.MIXUP 0.8 AMP bf16".split()
+        device = torch.device("cuda", 0)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                train(build_config("configs/micro.yaml", opts), device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing" in str(w.message) for w in caught))
+    assert counts[0] == counts[1]
