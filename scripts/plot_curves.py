@@ -24,24 +24,16 @@ def draw(train: list[dict], evaluations: list[dict], title: str, path: Path) -> 
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
     steps = [e["step"] for e in train]
-    loss.plot(steps, [e["loss"] for e in train], linewidth=1, label="training (augmented, smoothed labels)")
-    for weights, style in (("model", "o-"), ("ema", "s--")):
+    loss.plot(steps, [e["loss"] for e in train], linewidth=1, label="training")
+    for weights, name, style in (("model", "", "o-"), ("ema", " (EMA)", "s--")):
         mine = [e for e in evaluations if e["weights"] == weights]
         if mine:
             at = [e["step"] for e in mine]
-            loss.plot(at, [e["loss"] for e in mine], style, markersize=3, label=f"validation ({weights})")
-            accuracy.plot(at, [e["top1"] for e in mine], style, markersize=3, label=f"top-1 ({weights})")
-            accuracy.plot(at, [e["top5"] for e in mine], style, markersize=3, alpha=0.5, label=f"top-5 ({weights})")
+            loss.plot(at, [e["loss"] for e in mine], style, markersize=3, label=f"validation{name}")
+            accuracy.plot(at, [e["top1"] for e in mine], style, markersize=3, label=f"top-1{name}")
+            accuracy.plot(at, [e["top5"] for e in mine], style, markersize=3, alpha=0.5, label=f"top-5{name}")
     if evaluations:
-        best = max(evaluations, key=lambda e: e["top1"])
-        accuracy.annotate(
-            f"best top-1 {best['top1']:.2f} %",
-            (best["step"], best["top1"]),
-            xytext=(0, -30),
-            textcoords="offset points",
-            ha="right",
-            arrowprops=dict(arrowstyle="->", linewidth=0.8),
-        )
+        accuracy.set_title(f"best top-1 {max(e['top1'] for e in evaluations):.2f} %", fontsize="medium")
         accuracy.legend()
     rate.plot(steps, [e["lr"] for e in train], linewidth=1)
     loss.legend()

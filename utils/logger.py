@@ -183,6 +183,7 @@ def _progress_bar():
         BarColumn(bar_width=10),
         TaskProgressColumn(),
         TextColumn("{task.fields[facts]}", table_column=facts),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeRemainingColumn(),
+        TextColumn("left"),
         expand=True,
     )

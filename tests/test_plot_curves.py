@@ -1,0 +1,39 @@
+"""Drawing a run's curves."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def plot(folder):
+    command = [sys.executable, "scripts/plot_curves.py", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_curves_of_a_run_with_gaps(tmp_path):
+    """An evaluation of another checkpoint does not belong to the curves; a value that was not finite is a gap."""
+    train = {"event": "train", "epoch": 1, "lr": 0.1, "grad_norm": None}
+    evaluation = {"event": "eval", "epoch": 1, "step": 2, "top1": 50.0, "top5": 90.0, "loss": 1.0, "images": 4}
+    events = [
+        *({**train, "step": step, "loss": loss} for step, loss in ((1, 2.0), (2, None), (3, 1.5))),
+        {**evaluation, "weights": "model"},
+        {**evaluation, "weights": "ema"},
+        {**evaluation, "weights": "model", "step": None, "checkpoint": "other.pth"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    done = plot(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_folders(tmp_path):
+    done = plot(tmp_path)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"error: {tmp_path / 'metrics.jsonl'} is not there; give the results folder OUTPUT/MODEL.NAME/TAG\n"
+    )
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "has no line about training yet" in plot(tmp_path).stderr
