@@ -109,6 +109,17 @@ def test_offsets_are_query_minus_key():
             assert offsets[index[q, k]].tolist() == [qy - ky, qx - kx]
 
 
+def test_a_key_is_masked_unless_its_whole_group_is_padding():
+    """A 9 x 9 map with G = 2 and I = 4 is padded to 16 x 16: some groups hold no token, and keep finite logits."""
+    grouping = Grouping.of(9, 9, 2, 4)
+    tokens = grouping.group(torch.ones(1, 9, 9, 1))[..., 0] > 0
+    masked = grouping.key_mask(torch.device("cpu"))[:, 0, 0] == float("-inf")
+    empty = ~tokens.any(dim=1)
+    assert 0 < empty.sum() < len(empty)
+    assert not masked[empty].any()
+    assert torch.equal(masked[~empty], ~tokens[~empty])
+
+
 @pytest.mark.parametrize("height_width", [(32, 32), (33, 47), (36, 100), (228, 228)])
 def test_padding_reaches_nothing(height_width):
     """Whatever the padded tokens hold, output and gradients are the same and finite (57 leaves groups of padding)."""
@@ -128,7 +139,9 @@ def test_padding_reaches_nothing(height_width):
 
 def test_a_small_image_leaves_no_trace():
     """Fault 9: after an image that fits in one group, a large one is treated as before."""
-    model, large, small = micro().eval(), torch.randn(1, 3, 96, 128), torch.randn(1, 3, 32, 32)
+    model = micro(group_size=(8, 4, 4, 4), interval=(2, 2, 2, 2)).eval()
+    large, small = torch.randn(1, 3, 256, 320), torch.randn(1, 3, 32, 32)
+    assert Grouping.of(8, 8, 8, 2).interval == 1  # which the small image's first stage has
     with torch.no_grad():
         before = model(large)
         model(small)

@@ -31,9 +31,6 @@ def test_curves_of_a_run_with_gaps(tmp_path):
 def test_bad_folders(tmp_path):
     done = plot(tmp_path)
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"error: {tmp_path / 'metrics.jsonl'} is not there; give the results folder OUTPUT/MODEL.NAME/TAG\n"
-    )
+    assert f"error: {tmp_path / 'metrics.jsonl'} is not there; give the results folder" in done.stderr
     (tmp_path / "metrics.jsonl").write_text("")
     assert "has no line about training yet" in plot(tmp_path).stderr

@@ -172,11 +172,15 @@ def test_another_batch_size_cannot_carry_on_and_says_so(run_main, digits):
 
 
 def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
-    """Another optimizer or other images end with a line; other settings are named, and hold."""
+    """Another optimizer or other images end with a line; other settings are named, and hold.
+
+    The weights stay as they are, so that no later epoch is better than the first, which must remain the best.
+    """
     import shutil
 
     data = shutil.copytree(digits, tmp_path / "data")
-    flags = (*TINY_RUN, "--data-path", data, "--batch-size", "12")
+    still = ("TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
+    flags = (*TINY_RUN, *still, "--data-path", data, "--batch-size", "12")
     run_main(*flags)
     result = run_main(*flags, "--optim", "sgd", ok=False)
     assert result.status == 2
@@ -184,6 +188,8 @@ def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
     result = run_main(*flags, "--opts", "TRAIN.WEIGHT_DECAY", "0.3", "TRAIN.EPOCHS", "3")
     assert "TRAIN.WEIGHT_DECAY was 0.05, is now 0.3" in result.stdout
     assert "TRAIN.EPOCHS was 2, is now 3" in result.stdout
+    assert [event["epoch"] for event in result.events("eval")] == [1, 2, 3]
+    assert result.checkpoint("best")["epoch"] == 1
     assert [g["weight_decay"] for g in result.checkpoint()["optimizer"]["param_groups"]] == [0.3, 0.0]
     next(data.glob("train/*/*.png")).unlink()
     result = run_main(*flags, ok=False)
