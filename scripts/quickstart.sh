@@ -18,10 +18,10 @@ seconds=$((SECONDS - start))
 run --data-path quickstart/digits --tag digits_eval --eval --resume $results/checkpoints/best.pth
 python scripts/plot_curves.py $results
 
-top1=$(tail -n 1 quickstart/crossformer_micro/digits_eval/metrics.jsonl | python -c 'import json; print(f"{json.loads(input())["top1"]:.2f}")')
+top1=$(tail -n 1 quickstart/crossformer_micro/digits_eval/metrics.jsonl | python -c 'import json; print("%.2f" % json.loads(input())["top1"])')
 cat <<TXT
 
-Top-1 on the digits: $top1 %, after $seconds s of training on $processes processes
+Top-1 on the digits: $top1 % (training took $seconds s on $processes processes, this time)
 Curves:   $results/curves.png   (tensorboard --logdir $results/tensorboard)
 Results:  $results
 
