@@ -7,8 +7,6 @@ The table of variants is at the end of the file; every variant is registered wit
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +16,9 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
 from torch.utils.checkpoint import checkpoint
+
+from models.grouping import Grouping, may_cache
 
 MIN_IMAGE_SIZE = 32
 PATCH_KERNELS = (4, 8, 16, 32)
@@ -30,110 +29,6 @@ ACL_PERIOD = 3
 
 PerBlock = int | Sequence[int]
 """A setting of one stage: a number for all its blocks, or one number for each block."""
-
-
-class Grouping(NamedTuple):
-    """How an ``(height, width)`` token map is cut into groups that attend among themselves.
-
-    A group holds ``rows x columns`` tokens that lie ``interval`` apart in both directions. Short-distance attention
-    is interval 1. Source: CrossFormer, section 3.2.
-    """
-
-    height: int
-    width: int
-    rows: int
-    columns: int
-    interval: int
-
-    @classmethod
-    def of(cls, height: int, width: int, group_size: int, interval: int) -> "Grouping":
-        """The grouping of a map; one that is no larger than a group on its short side is a single group."""
-        if min(height, width) <= group_size:
-            return cls(height, width, height, width, 1)
-        return cls(height, width, group_size, group_size, interval)
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """Rows to add at the bottom and columns to add on the right before the map can be cut."""
-        return -self.height % (self.rows * self.interval), -self.width % (self.columns * self.interval)
-
-    def group(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to ``(B * groups, rows * columns, C)``, padded with zeros."""
-        bottom, right = self.padding
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        return rearrange(
-            x,
-            "b (rh gh ih) (rw gw iw) c -> (b rh rw ih iw) (gh gw) c",
-            gh=self.rows, gw=self.columns, ih=self.interval, iw=self.interval,
-        )  # fmt: skip
-
-    def ungroup(self, tokens: Tensor) -> Tensor:
-        """The inverse of :meth:`group`; what was padded is cut off."""
-        bottom, right = self.padding
-        x = rearrange(
-            tokens,
-            "(b rh rw ih iw) (gh gw) c -> b (rh gh ih) (rw gw iw) c",
-            gh=self.rows, gw=self.columns, ih=self.interval, iw=self.interval,
-            rh=(self.height + bottom) // (self.rows * self.interval),
-            rw=(self.width + right) // (self.columns * self.interval),
-        )  # fmt: skip
-        return x[:, : self.height, : self.width] if bottom or right else x
-
-    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The distinct offsets between two tokens of a group, and which of them each pair of tokens has.
-
-        Returns:
-            offsets ``((2 * rows - 1) * (2 * columns - 1), 2)`` of (dy, dx) in steps of the interval, query minus key,
-            and an index ``(N, N)`` from (query, key) into them, N = rows * columns.
-        """
-        make = _cached_offsets if _may_cache() else _offsets
-        return make(self.rows, self.columns, device)
-
-    def key_mask(self, device: torch.device) -> Tensor | None:
-        """0 where a key is a token and -inf where it is padding, ``(groups, 1, 1, N)``; None when nothing is padded.
-
-        A group without a single token is left unmasked: its output is cut off, and a softmax over nothing but
-        -inf would put NaN into the gradient.
-        """
-        if self.padding == (0, 0):
-            return None
-        make = _cached_key_mask if _may_cache() else _key_mask
-        return make(self, device)
-
-
-def _may_cache() -> bool:
-    """Whether tensors are real ones: a compiler folds them itself, and a cache would make it compile again."""
-    return not torch.compiler.is_compiling() and detect_fake_mode() is None
-
-
-def _offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
-    all_dy, all_dx = torch.arange(1 - rows, rows, device=device), torch.arange(1 - columns, columns, device=device)
-    offsets = torch.cartesian_prod(all_dy, all_dx).float()
-    dy = (y[:, None] - y[None, :] + rows - 1)[:, None, :, None]
-    dx = (x[:, None] - x[None, :] + columns - 1)[None, :, None, :]
-    index = (dy * (2 * columns - 1) + dx).reshape(rows * columns, rows * columns)
-    return offsets, index
-
-
-def _key_mask(grouping: Grouping, device: torch.device) -> Tensor:
-    is_token = grouping.group(torch.ones(1, grouping.height, grouping.width, 1, device=device)) > 0
-    is_padding = ~is_token & is_token.any(dim=1, keepdim=True)
-    mask = torch.zeros(is_padding.shape, device=device).masked_fill_(is_padding, float("-inf"))
-    return rearrange(mask, "groups n 1 -> groups 1 1 n")
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _cached_offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _offsets(rows, columns, device)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _cached_key_mask(grouping: Grouping, device: torch.device) -> Tensor:
-    return _key_mask(grouping, device)
 
 
 class DynamicPositionBias(nn.Module):
@@ -189,7 +84,7 @@ class CrossScaleAttention(nn.Module):
         In evaluation without gradients the last one is kept until the mode or the weights change. A write through
         ``parameter.data`` that keeps the storage cannot be seen: call ``model.eval()`` after it.
         """
-        cacheable = not (self.training or torch.is_grad_enabled()) and _may_cache()
+        cacheable = not (self.training or torch.is_grad_enabled()) and may_cache()
         if not cacheable or self.pos.pos_proj.weight.is_inference():
             return self._compute_bias(grouping, dtype)
         weights = tuple((p.data_ptr(), p._version) for p in self.pos.parameters())

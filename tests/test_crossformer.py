@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.crossformer import VARIANTS, Grouping, checkpoint_filter_fn
+from models.crossformer import VARIANTS, checkpoint_filter_fn
+from models.grouping import Grouping
 
 DATA = Path(__file__).parent / "data"
 CLASSIFICATION = json.loads((DATA / "classification.json").read_text())
