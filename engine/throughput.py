@@ -57,9 +57,8 @@ def run_throughput(config, device: torch.device) -> dict:
         update_weights(optimizer, scaler, parameters, config.TRAIN.CLIP_GRAD or float("inf"))
 
     log = RunLog(output_dir(config), config, "throughput")
-    log.message(
-        f"timing {config.MODEL.NAME}, batches of {batch_size} at {size} x {size}: {WARM_UP_RUNS + 1 + REPEATS} runs or more"
-    )
+    runs = WARM_UP_RUNS + 1 + REPEATS
+    log.message(f"timing {config.MODEL.NAME} on batches of {batch_size} at {size} x {size}, at least {runs} runs each")
     result = {
         "model": config.MODEL.NAME,
         "parameters": sum(p.numel() for p in model.parameters()),
