@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -85,6 +84,28 @@ def test_accumulation_in_mixed_precision(run_main, digits, amp):
         assert scaler["_growth_tracker"] == 8 - overflows  # one update a step, not one a micro-batch
 
 
+def stop_at(text: str, signal_number: int, *arguments) -> tuple[int, str]:
+    """Send a signal to ``main.py`` when it has printed ``text``; returns its exit status and what stderr said."""
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as run_main: sums depend on the number of threads
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
+    )
+    try:
+        for line in process.stdout:
+            if text in line:
+                process.send_signal(signal_number)
+                break
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, stderr
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     """Fault 5: killed in the middle of the second of three epochs, with everything random on."""
@@ -95,15 +116,7 @@ def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     )  # fmt: skip
     whole = run_main(*flags, "--tag", "whole", tag="whole")
 
-    command = [sys.executable, "main.py", *map(str, flags), "--output", str(whole.results.parent.parent)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as run_main: sums depend on the number of threads
-    process = subprocess.Popen(command, cwd=ROOT, env=one_thread, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "step 8/18" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
+    stop_at("step 8/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
     stopped_at = torch.load(whole.results.parent / "run" / "checkpoints" / "last.pth", weights_only=True)["step"]
     assert 6 < stopped_at < 12
     resumed = run_main(*flags)
@@ -299,18 +312,9 @@ def test_weights_that_are_not_finite_end_the_run(run_main, digits):
 
 
 def test_ctrl_c_says_how_to_carry_on(digits, tmp_path):
-    command = [sys.executable, "main.py", *TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2"]
-    command += ["--data-path", str(digits), "--batch-size", "8", "--output", str(tmp_path)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for line in process.stdout:
-        if "step 12/" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    flags = (*TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2", "--data-path", digits, "--batch-size", "8")
+    status, stderr = stop_at("step 12/", signal.SIGINT, *flags, "--output", tmp_path)
+    assert status == 130
     assert "the same command carries on from the last checkpoint" in stderr
     assert "Traceback" not in stderr
 
