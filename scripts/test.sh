@@ -3,8 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
+export OMP_NUM_THREADS=1 # two test processes share the cores
 if [ "${1:-}" = --all ]; then
     shift
-    exec python -m pytest "$@"
+    exec python -m pytest -n 2 "$@"
 fi
-exec python -m pytest -m "not slow" "$@"
+exec python -m pytest -n 2 -m "not slow" "$@"
