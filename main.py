@@ -5,8 +5,9 @@ import importlib
 import os
 import sys
 import time
+import traceback
 
-from config import build_config
+from config import build_config, output_dir
 from utils import distributed
 from utils.errors import UserError, did_you_mean
 
@@ -86,6 +87,7 @@ def parse(arguments: list[str]):
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    config = mode = None
     try:
         try:
             config, mode = parse(arguments)
@@ -107,8 +109,13 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         if distributed.is_main():
-            print("\nstopped; the same command carries on from the last checkpoint", file=sys.stderr, flush=True)
+            saved = mode == "train" and (output_dir(config) / "checkpoints" / "last.pth").exists()
+            carry_on = "; the same command carries on from the last save" if saved and config.TRAIN.AUTO_RESUME else ""
+            print(f"\nstopped{carry_on}", file=sys.stderr, flush=True)
         return 130
+    except Exception:  # a bug of ours: let main end the process even where other ranks wait for it
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":

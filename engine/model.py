@@ -21,6 +21,8 @@ def prepare_model(config, num_classes: int, device: torch.device) -> nn.Module:
 def compile_in_place(config, model: nn.Module) -> None:
     """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay."""
     if config.TRAIN.COMPILE != "none":
+        if config.TRAIN.USE_CHECKPOINT:
+            torch._dynamo.config.optimize_ddp = False  # not every torch can split recomputed blocks for DDP
         model.compile(mode=config.TRAIN.COMPILE)
 
 
@@ -47,7 +49,9 @@ def giga_macs(model: nn.Module, image_size: int, device: torch.device) -> float:
     try:
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, image_size, image_size, device=device))
-    except (ValueError, AssertionError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"DATA.IMG_SIZE {image_size}: the model does not take it: {error}") from error
     finally:
         model.train(was_training)

@@ -102,7 +102,7 @@ class Checkpoints:
                 try:
                     checkpoint.read(path)
                     return path, damaged
-                except UserError as error:
+                except (checkpoint.DamagedFile, checkpoint.RefusedFile) as error:
                     os.replace(path, path.with_suffix(".pth.corrupt"))  # out of the way of the next save
                     damaged.append(f"{error} (now {path.name}.corrupt)")
         if damaged:

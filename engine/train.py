@@ -161,8 +161,11 @@ def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders
             path, lines = checkpoints.newest()
     path, lines = from_main((path, lines))
     with agreement():
-        if path is not None and config.MODEL.RESUME:
-            lines.append(f"MODEL.RESUME {config.MODEL.RESUME} is not used, for this run has begun; else choose a --tag")
+        for key in ("RESUME", "PRETRAINED") if path is not None else ():
+            if config.MODEL[key]:
+                lines.append(
+                    f"MODEL.{key} {config.MODEL[key]} is not used, for this run has begun; else choose a --tag"
+                )
         path = path or config.MODEL.RESUME
         if path:
             lines += resume(config, state, Path(path), loaders)

@@ -315,7 +315,7 @@ def test_ctrl_c_says_how_to_carry_on(digits, tmp_path):
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2", "--data-path", digits, "--batch-size", "8")
     status, stderr = stop_at("step 12/", signal.SIGINT, *flags, "--output", tmp_path)
     assert status == 130
-    assert "the same command carries on from the last checkpoint" in stderr
+    assert "the same command carries on from the last save" in stderr
     assert "Traceback" not in stderr
 
 

@@ -20,8 +20,8 @@ from utils.meters import DeviceMeters, Stopwatch
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_kill_while_saving_loses_nothing(tmp_path):
-    """Fault 6: the process is killed by the file-size limit in the middle of the second save."""
+def test_a_save_that_fails_loses_nothing(tmp_path):
+    """Fault 6: the file-size limit, like a full disk, ends the second save in the middle."""
     path = tmp_path / "last.pth"
     checkpoint.save_atomically({"step": 1, "x": torch.zeros(1000)}, path)
     code = (
@@ -32,9 +32,27 @@ def test_a_kill_while_saving_loses_nothing(tmp_path):
         [sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert killed.returncode != 0
+    assert "last.pth cannot be written" in killed.stderr
+    assert checkpoint.read(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pth"]  # what was begun does not fill the disk
+
+
+def test_a_kill_while_saving_loses_nothing(tmp_path):
+    """Fault 6: killed in the middle of the second save, by what is being saved."""
+    path = tmp_path / "last.pth"
+    checkpoint.save_atomically({"step": 1}, path)
+    code = (
+        "import os, torch; from pathlib import Path; from utils import checkpoint\n"
+        "class Killer:\n"
+        "    def __reduce__(self): os.kill(os.getpid(), 9)\n"
+        f"checkpoint.save_atomically({{'step': 2, 'x': Killer()}}, Path({str(path)!r}))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -9
     assert checkpoint.read(path)["step"] == 1
 
 
@@ -60,6 +78,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     checkpoints.previous.write_bytes(b"")
     with pytest.raises(UserError, match="last.pth is damaged.*previous.pth is damaged.*starts anew"):
         checkpoints.newest()
+
+
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    """Out of memory or a network drive's hiccup must not push a whole checkpoint aside."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_last({"step": 1})
+    for error in (MemoryError(), OSError(5, "Input/output error")):
+        monkeypatch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(UserError, match="last.pth cannot be read"):
+            checkpoints.newest()
+        assert checkpoints.last.exists()
 
 
 def published_format(state_dict: dict) -> dict:

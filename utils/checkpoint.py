@@ -1,5 +1,6 @@
 """Files that hold tensors: written atomically, read without running anything they carry."""
 
+import errno
 import os
 import pickle
 import re
@@ -20,12 +21,20 @@ def save_atomically(content: dict[str, Any], path: Path, keep: Path | None = Non
     """Write ``content`` so that ``path`` holds either what it held before or all of the new content.
 
     With ``keep``, what it held before moves there once the new content is safely on disk.
+
+    Raises:
+        UserError: the disk is full, say.
     """
     temporary = path.with_name(f".{path.name}.writing")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}; the file before it is whole; free some space") from error
     if keep and path.exists():
         os.replace(path, keep)
     os.replace(temporary, path)
@@ -40,6 +49,10 @@ class DamagedFile(UserError):
     """A file that was to hold tensors is cut short or is not such a file."""
 
 
+class RefusedFile(UserError):
+    """A file asks for code to be run when it is opened."""
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU.
 
@@ -48,7 +61,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises:
         DamagedFile: the file is missing, damaged or not a checkpoint.
-        UserError: the file asks for code to be run.
+        RefusedFile: the file asks for code to be run.
+        UserError: the file may be whole but cannot be read now.
     """
     if not os.path.isfile(path):
         raise DamagedFile(f"{path} is not a file; expected a checkpoint (.pth)")
@@ -65,12 +79,16 @@ def read(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
-            raise UserError(
+            raise RefusedFile(
                 f"{path} is refused: it asks to run code ({refused[1]}) when it is opened; "
                 "get the file from a source you trust, saved as a plain state dict"
             ) from error
         raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error
+    except MemoryError as error:
+        raise UserError(f"{path} cannot be read: there is not enough memory") from error
     except Exception as error:  # the reader meets arbitrary bytes and fails in arbitrary ways
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # which a seek in a file cut short gives
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint (a dict)")
