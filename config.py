@@ -198,13 +198,17 @@ def default_config() -> CfgNode:
     return _C.clone()
 
 
-def all_keys(node: CfgNode = _C, prefix: str = "") -> Iterator[str]:
-    """Every setting as ``SECTION.KEY``."""
+def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a config as ``SECTION.KEY``, and its value."""
+    flat = {}
     for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from all_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {f"{prefix}{key}": value}
+    return flat
+
+
+def all_keys() -> list[str]:
+    """Every setting as ``SECTION.KEY``."""
+    return list(flatten(_C))
 
 
 def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Setting] = ()) -> CfgNode:
@@ -375,17 +379,9 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
 
 def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:
     """The settings that may change what a run computes and differ from a dumped config: key, value there, here."""
-    before = CfgNode(yaml.safe_load(dumped))
-    pairs = ((key, get(before, key) if _has(before, key) else None, get(config, key)) for key in all_keys())
-    return [pair for pair in pairs if pair[1] != pair[2] and not pair[0].startswith(NO_EFFECT)]
-
-
-def _has(config: CfgNode, key: str) -> bool:
-    try:
-        get(config, key)
-    except KeyError:
-        return False
-    return True
+    before, now = flatten(CfgNode(yaml.safe_load(dumped))), flatten(config)
+    differing = ((key, before.get(key), value) for key, value in now.items() if before.get(key) != value)
+    return [setting for setting in differing if not setting[0].startswith(NO_EFFECT)]
 
 
 def output_dir(config: CfgNode) -> Path:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import models  # noqa: F401  (registers the variants with timm, for every test)
+
 ROOT = Path(__file__).parent.parent
 TINY_RUN = (
     "--cfg", "configs/micro.yaml", "--tag", "run", "--opts",

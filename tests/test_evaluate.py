@@ -9,7 +9,6 @@ from config import build_config
 from data.dataset import decode
 from data.index import FolderIndex, class_names
 from data.transforms import build_eval_transform
-from models.crossformer import VARIANTS  # noqa: F401  (registers the models)
 
 
 @pytest.fixture

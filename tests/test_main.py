@@ -10,7 +10,6 @@ import torch
 from conftest import TINY_RUN, write_digits
 
 from main import main
-from models.crossformer import VARIANTS  # noqa: F401  (registers the models)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 
-import models  # noqa: F401  (registers the models)
 from config import build_config
 from engine.train import update_weights
 from optimizer import build_optimizer, parameter_groups

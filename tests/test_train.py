@@ -255,8 +255,6 @@ def test_all_ranks_evaluate_the_same_batch_norm(run_main, digits, tmp_path):
 def test_fine_tuning_starts_from_the_trunk(run_main, digits, tmp_path):
     import timm
 
-    import models  # noqa: F401
-
     source = timm.create_model("crossformer_micro", num_classes=1000)
     path = tmp_path / "pretrained.pth"
     torch.save({"model": source.state_dict()}, path)
