@@ -1,19 +1,26 @@
 """From a config to loaders."""
 
+import hashlib
+import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.dataset import ImageDataset
-from data.index import FolderIndex, class_names
+from data.index import ImageIndex, open_index
+from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
+from data.on_device import OPERATIONS, DeviceStage
+from data.policy import Recorder, build_policy, fill_colour
 from data.sampling import EvalBatches, TrainBatches
+from data.timm_dataset import TimmImages
 from data.transforms import build_eval_transform, build_train_transform
+from data.warming import read_ahead
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-
-LAYOUT = "expected DATA_PATH/train/CLASS/*.jpg and DATA_PATH/val/CLASS/*.jpg"
 
 
 class Loaders(NamedTuple):
@@ -22,39 +29,29 @@ class Loaders(NamedTuple):
     train: TrainLoader | None
     val: EvalLoader
     classes: list[str]
+    augments_on_device: bool
 
 
 def build_loaders(config, device: torch.device, training: bool = True) -> Loaders:
-    """Loaders of ``config.DATA.DATA_PATH``; the classes are its training folders (or val's, where it has no train).
+    """Loaders of ``config.DATA.DATA_PATH``; the classes are those of its training images (or val's, without any).
 
     Raises:
-        UserError: a folder is missing or empty, or there are too few images for one step.
+        UserError: something is missing, damaged or empty, or there are too few images for one step.
     """
-    root = Path(config.DATA.DATA_PATH)
-    if not config.DATA.DATA_PATH:
-        raise UserError(f"DATA.DATA_PATH is not set: give --data-path DIR ({LAYOUT})")
-    if not root.is_dir():
-        raise UserError(f"DATA.DATA_PATH {root} is not a folder; {LAYOUT}")
-    train_folder = root / "train"
-    val_folder = next((root / name for name in ("val", "validation") if (root / name).is_dir()), root / "val")
-    for folder in (train_folder, val_folder) if training else (val_folder,):
-        if not folder.is_dir():
-            raise UserError(f"DATA.DATA_PATH {root} has no folder '{folder.name}'; {LAYOUT}")
-    classes = class_names(train_folder if train_folder.is_dir() else val_folder)
+    train_images, val_images, classes = open_images(config, training)
     if config.MODEL.NUM_CLASSES not in (0, len(classes)):
         raise UserError(
-            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}, but {root} has {len(classes)} class folders; "
+            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}, but {config.DATA.DATA_PATH} has {len(classes)} classes; "
             "leave it at 0 to take the number from the data"
         )
+    for images in (train_images, val_images):
+        if images is not None and config.DATA.CACHE_MODE != "no":
+            keep_in_memory(images, config.DATA.CACHE_MODE)
 
-    replace_bad = config.DATA.ON_BAD_IMAGE == "skip"
-    train = None
+    train, on_device = None, training and augments_on_device(config, device)
     if training:
-        dataset = ImageDataset(
-            FolderIndex(train_folder, classes), build_train_transform(config), config.SEED, replace_bad
-        )
         batches = TrainBatches(
-            len(dataset),
+            len(train_images),
             config.DATA.BATCH_SIZE,
             config.TRAIN.ACCUMULATION_STEPS,
             rank(),
@@ -63,12 +60,103 @@ def build_loaders(config, device: torch.device, training: bool = True) -> Loader
         )
         if batches.steps_per_epoch == 0:
             raise UserError(
-                f"{train_folder} has {len(dataset)} images, fewer than one step takes: DATA.BATCH_SIZE "
-                f"{config.DATA.BATCH_SIZE} x TRAIN.ACCUMULATION_STEPS {config.TRAIN.ACCUMULATION_STEPS} x "
-                f"{world_size()} processes = {batches.global_batch}; use a smaller --batch-size"
+                f"{config.DATA.DATA_PATH} has {len(train_images)} training images, fewer than one step takes: "
+                f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUMULATION_STEPS "
+                f"{config.TRAIN.ACCUMULATION_STEPS} x {world_size()} processes = {batches.global_batch}; "
+                "use a smaller --batch-size"
             )
-        train = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, device)
+        transform = build_train_transform(config, on_device)
+        dataset = ImageDataset(train_images, transform, config.SEED, config.DATA.ON_BAD_IMAGE == "skip")
+        train = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device))
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
-    dataset = ImageDataset(FolderIndex(val_folder, classes), build_eval_transform(config), config.SEED, False)
+    dataset = ImageDataset(val_images, build_eval_transform(config), config.SEED, False)
     batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE, rank(), world_size())
-    return Loaders(train, EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, device), classes)
+    stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
+    return Loaders(train, EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, stage), classes, on_device)
+
+
+Images = ImageIndex | TimmImages
+
+
+def open_images(config, training: bool) -> tuple[Images | None, Images, list[str]]:
+    """Training images (if ``training``), validation images and class names of ``config.DATA.DATA_PATH``."""
+    if not config.DATA.DATA_PATH:
+        raise UserError("DATA.DATA_PATH is not set: give --data-path DIR with train/CLASS/*.jpg (see docs/data.md)")
+    root = Path(config.DATA.DATA_PATH)
+    if not root.is_dir():
+        raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with train/ and val/ (see docs/data.md)")
+    if "/" in config.DATA.FORMAT:
+        return open_timm_images(config, root, training)
+    layouts = {"train": None, "val": find_layout(root, "val", config.DATA.FORMAT)}
+    with nullcontext() if training else suppress(UserError):  # evaluation only takes the names of its classes
+        layouts["train"] = find_layout(root, "train", config.DATA.FORMAT)
+    for split in ("train", "val") if training else ("val",):
+        if layouts[split] is None:
+            raise missing(root, split, config.DATA.FORMAT)
+    cache_dir = config.DATA.CACHE_DIR
+    train = open_index(layouts["train"], cache_dir) if training else None
+    classes = train.classes if training else (layouts["train"] or layouts["val"]).classes(cache_dir)
+    return train, open_index(layouts["val"], cache_dir).with_classes(classes), classes
+
+
+def open_timm_images(config, root: Path, training: bool) -> tuple[TimmImages | None, TimmImages, list[str]]:
+    """The same from a data set that timm names."""
+    train = TimmImages(config.DATA.FORMAT, root, "train") if training else None
+    val = TimmImages(config.DATA.FORMAT, root, "validation")
+    classes = (train or val).classes or [str(i) for i in range(config.MODEL.NUM_CLASSES)]
+    if train and train.classes != val.classes:
+        raise UserError(f"DATA.FORMAT {config.DATA.FORMAT}: train and validation do not have the same classes")
+    if not classes:
+        raise UserError(f"DATA.FORMAT {config.DATA.FORMAT} does not tell its classes: set MODEL.NUM_CLASSES")
+    return train, val, classes
+
+
+def fingerprint(images: Images) -> str:
+    """Tells whether two processes have the same images in the same order, as far as their number and classes go."""
+    labels = getattr(images, "labels", None)
+    digest = hashlib.blake2b(repr(images.classes).encode(), digest_size=6)
+    if labels is not None:
+        digest.update(np.ascontiguousarray(labels).data)
+    return f"{len(images):,} images ({digest.hexdigest()})"
+
+
+def augments_on_device(config, device: torch.device) -> bool:
+    """Whether AUG.DEVICE leaves AUG.AUTO_AUGMENT or colour jitter to the GPU; else the workers do it with Pillow."""
+    if config.AUG.DEVICE == "cpu" or (config.AUG.DEVICE == "auto" and device.type != "cuda"):
+        return False
+    if device.type != "cuda":
+        raise UserError("AUG.DEVICE cuda: there is no GPU; use auto or cpu")
+    try:
+        unknown = Recorder(build_policy(config)).names - set(OPERATIONS)
+    except TypeError:
+        unknown = {config.AUG.AUTO_AUGMENT}
+    if unknown and config.AUG.DEVICE == "cuda":
+        raise UserError(f"AUG.DEVICE cuda: {', '.join(sorted(unknown))} only runs on the CPU; use auto or cpu")
+    return not unknown
+
+
+def build_train_stage(config, device: torch.device) -> DeviceStage:
+    """What the device does to training images."""
+    return DeviceStage(
+        device,
+        config.DATA.MEAN,
+        config.DATA.STD,
+        fill_colour(config.DATA.MEAN),
+        config.DATA.INTERPOLATION,
+        config.AUG.REMODE if config.AUG.REPROB else "const",
+        config.DATA.IMG_SIZE,
+        config.SEED,
+    )
+
+
+def keep_in_memory(images: Images, mode: str) -> None:
+    """Read the files before the run: each process of the host a ``part``, or each of them the ``full`` data."""
+    if isinstance(images, TimmImages):
+        raise UserError("DATA.CACHE_MODE is for folders and archives; leave it at no for a data set of timm's")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if mode == "part" else 1
+    try:
+        read_ahead(images, int(os.environ.get("LOCAL_RANK", 0)) % processes, processes)
+    except OSError as error:
+        raise UserError(
+            f"DATA.CACHE_MODE {mode}: {error.filename or images.root} cannot be read: {error.strerror}"
+        ) from error

@@ -1,14 +1,20 @@
 """Images as a pure function of (seed, epoch, index)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.index import FolderIndex
+from data.decoding import decode
+from data.index import ImageIndex
+from data.policy import Plan
+from data.ring import Ring, Slot
+from data.timm_dataset import TimmImages
+from utils.errors import UserError
 from utils.randomness import derive_seed, seed_cpu
 
 MAX_REPLACEMENTS = 100
@@ -16,7 +22,7 @@ MAX_REPLACEMENTS = 100
 
 
 class Sample(NamedTuple):
-    """One image ``(3, H, W)`` with its class, or None instead of an image.
+    """One image ``(3, H, W)`` uint8 with its class and what remains to be done to it, or None instead of an image.
 
     ``bad`` has a line for each file that could not be decoded, ``failure`` one that says why there can be no image at
     all (a file that cannot be opened, say). A worker hands both on instead of raising, which would lose the plain line.
@@ -24,30 +30,39 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     target: int
+    plan: Plan = Plan()
     bad: tuple[str, ...] = ()
     failure: str = ""
 
 
-class Batch(NamedTuple):
-    """Images ``(B, 3, H, W)`` and their classes ``(B,)``; ``bad`` and ``failure`` as in :class:`Sample`."""
+@dataclass
+class Report:
+    """What comes with a batch and is not for the device: each image's plan; ``bad`` and ``failure`` as in a sample."""
 
-    images: Tensor
-    targets: Tensor
-    bad: tuple[str, ...]
+    plans: list[Plan]
+    bad: list[str]
     failure: str
+
+
+class Batch(NamedTuple):
+    """Images ``(B, 3, H, W)`` uint8, channels last (or where they lie), and their classes ``(B,)`` int64."""
+
+    images: Tensor | Slot
+    targets: Tensor | np.ndarray
+    report: Report
 
 
 class ImageDataset(Dataset):
     """Reads, decodes and transforms the images of an index.
 
     Args:
-        index: which images there are.
-        transform: PIL image to tensor; it may draw from Python's, numpy's and torch's global generators.
+        index: which images there are; ``index[i]`` gives the bytes of image ``i`` and its class.
+        transform: decoded image to uint8 image and plan; it may draw from Python's, numpy's and torch's generators.
         seed: of the run.
         replace_bad: take the next image of the index that can be decoded in place of one that cannot.
     """
 
-    def __init__(self, index: FolderIndex, transform: Callable, seed: int, replace_bad: bool):
+    def __init__(self, index: ImageIndex | TimmImages, transform: Callable, seed: int, replace_bad: bool):
         self.index = index
         self.transform = transform
         self.seed = seed
@@ -63,28 +78,52 @@ class ImageDataset(Dataset):
         bad: list[str] = []
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
-            path, target = self.index.path(candidate), int(self.index.labels[candidate])
             try:
-                image = decode(path)
+                data, target = self.index[candidate]
+                image = decode(data)
+            except UserError as error:
+                return Sample(None, 0, bad=tuple(bad), failure=str(error))
             except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
                 if getattr(error, "errno", None):  # it is not the image that is bad
-                    return Sample(None, target, tuple(bad), f"{path}: {error.strerror}")
-                bad.append(f"{path}: {error or type(error).__name__}")
+                    failure = f"image {self.index.name(candidate)}: {error.strerror}"
+                    return Sample(None, 0, bad=tuple(bad), failure=failure)
+                bad.append(f"{self.index.name(candidate)}: {str(error) or type(error).__name__}")
             else:
-                return Sample(self.transform(image), target, tuple(bad))
-        return Sample(None, target, tuple(bad), f"{path}: the {len(bad)}th in a row" if self.replace_bad else "")
+                image, plan = self.transform(image)
+                return Sample(image, target, plan, tuple(bad))
+        failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
+        return Sample(None, 0, bad=tuple(bad), failure=failure)
 
 
-def decode(path) -> Image.Image:
-    """The image in a file as RGB. Reads what the name does not promise too (PNG in .JPEG, CMYK, grey, palettes)."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+class BatchDataset(Dataset):
+    """Whole batches of ``images``: ``batches[number, keys]``, in block ``number`` of ``ring`` where there is one."""
+
+    def __init__(self, images: ImageDataset, ring: Ring | None = None):
+        self.images = images
+        self.ring = ring
+
+    def __getitem__(self, key: tuple[int, list[tuple[int, int]]]) -> Batch:
+        number, keys = key
+        samples = [self.images[image_key] for image_key in keys]
+        if self.ring is None:
+            return collate(samples)
+        slot = Slot(self.ring.number, number % len(self.ring), sum(sample.image is not None for sample in samples))
+        batch = collate(samples, slot.images())
+        # No tensor goes through the queue: each would need shared memory and an open file of its own
+        return batch._replace(images=slot, targets=batch.targets.numpy())
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Samples as a batch; those without an image are left out."""
+def collate(samples: list[Sample], out: Tensor | None = None) -> Batch:
+    """Samples as a batch, in ``out`` when that is given; those without an image are left out."""
     present = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in present]) if present else torch.empty(0)
-    targets = torch.tensor([sample.target for sample in present], dtype=torch.int64)
-    bad = tuple(line for sample in samples for line in sample.bad)
-    return Batch(images, targets, bad, next((sample.failure for sample in samples if sample.failure), ""))
+    if out is None:
+        shape = present[0].image.shape if present else (3, 0, 0)
+        out = torch.empty(len(present), *shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for place, sample in zip(out, present, strict=True):
+        place.copy_(sample.image)
+    report = Report(
+        [sample.plan for sample in present],
+        [line for sample in samples for line in sample.bad],
+        next((sample.failure for sample in samples if sample.failure), ""),
+    )
+    return Batch(out, torch.tensor([sample.target for sample in present], dtype=torch.int64), report)

@@ -1,82 +1,247 @@
-"""Which images there are: a few flat arrays, however many images (no Python object for an image)."""
+"""Which images there are and where their bytes lie: a few flat, memory-mapped arrays, however many images.
 
+An index is built once from a data set's layout and kept in a file, which every process of a host maps into its memory:
+the pages are shared, so that neither another rank nor a loader worker adds a copy.
+"""
+
+import fcntl
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+import platform
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from utils.errors import UserError
 
-
-def class_names(folder: Path) -> list[str]:
-    """The class folders in ``folder``, sorted."""
-    names = sorted(e.name for e in _entries(folder) if e.is_dir() and not e.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder} has no class folders; expected {folder}/CLASS/*.jpg")
-    return names
+VERSION = "crossformer-trainer index 1"
+SECONDS_WITHOUT_A_WORD = 2
+RACY_SECONDS = 2
+"""Within so short a time a file system may give two states of a folder the same date."""
 
 
-class FolderIndex:
-    """The images of a class-folder tree, in the order of their class and name.
+class Scan(NamedTuple):
+    """What a layout has found out about its images.
 
-    Attributes:
-        classes: class names; an image's class is an index into them.
-        labels: class of each image, ``(N,)`` int32.
-
-    Raises:
-        UserError: a class folder is empty, or is not one of ``classes``.
+    ``arrays`` are what the index's class takes; ``sources`` are the files and folders whose change makes it stale.
     """
 
-    def __init__(self, folder: Path, classes: list[str]):
-        self.folder = folder
-        self.classes = classes
-        number = {name: i for i, name in enumerate(classes)}
-        names: list[bytes] = []  # one bytes object a class, not one an image
-        ends: list[np.ndarray] = []
-        labels: list[np.ndarray] = []
-        end = 0
-        for name in class_names(folder):
-            if name not in number:
-                raise UserError(f"{folder / name} is not one of the {len(classes)} class folders of the training data")
-            paths = [os.fsencode(f"{name}/{path}") for path in sorted(_images(folder / name))]
-            if not paths:
-                raise UserError(
-                    f"class folder {folder / name} holds no image ({' '.join(IMG_EXTENSIONS)}); "
-                    "put images there or remove the folder"
-                )
-            ends.append(end + np.cumsum([len(path) for path in paths], dtype=np.int64))
-            end = int(ends[-1][-1])
-            names.append(b"".join(paths))
-            labels.append(np.full(len(paths), number[name], dtype=np.int32))
-        self._names = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self._ends = np.concatenate(ends)
-        self.labels = np.concatenate(labels)
+    classes: list[str]
+    arrays: dict[str, np.ndarray]
+    archives: list[str]
+    sources: list[Path]
+
+
+class ImageIndex(ABC):
+    """Images in the order of their class and name: ``index[i]`` is the bytes of a file and the class.
+
+    Attributes:
+        root: the folder that relative paths start from.
+        classes: class names; an image's class is an index into them.
+        labels: class of each image, ``(N,)`` int32.
+        archives: the files that hold the images (or the folder that does), relative to ``root``.
+        arrays: all that is known of the images, ``labels`` included.
+        file: where it is kept.
+    """
+
+    def __init__(self, root: Path, classes: list[str], arrays: dict[str, np.ndarray], archives: list[str], file: Path):
+        self.root, self.classes, self.arrays, self.archives, self.file = root, classes, arrays, archives, file
+        self.labels = arrays["labels"]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, i: int) -> Path:
-        """The file of image ``i``."""
-        start = self._ends[i - 1] if i else 0
-        return self.folder / os.fsdecode(self._names[start : self._ends[i]].tobytes())
+    def __getitem__(self, i: int) -> tuple[bytes, int]:
+        return self.read(i), int(self.labels[i])
+
+    def __reduce__(self):  # a spawned worker maps the file itself instead of being sent the arrays
+        return _reopen, (type(self), self.root, self.file, self.classes)
+
+    @abstractmethod
+    def read(self, i: int) -> bytes:
+        """The bytes of image ``i``.
+
+        Raises:
+            OSError: its file cannot be opened or read.
+            UserError: its archive does not fit the index.
+        """
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """Where image ``i`` is, for people: a path, or the archive and the name in it."""
+
+    def with_classes(self, classes: list[str]) -> "ImageIndex":
+        """The same images, their classes numbered as in ``classes``.
+
+        Raises:
+            UserError: one of the classes is not among them.
+        """
+        if classes != self.classes:
+            number = {name: i for i, name in enumerate(classes)}
+            for name in np.unique(self.labels):
+                if self.classes[name] not in number:
+                    raise UserError(
+                        f"class {self.classes[name]!r} of {self.name(int((self.labels == name).argmax()))} is not one "
+                        f"of the {len(classes)} classes of the training data; remove it or add it there"
+                    )
+            renumbered = np.array([number.get(name, -1) for name in self.classes], dtype=np.int32)
+            self.labels, self.classes = renumbered[self.labels], classes
+        return self
 
 
-def _images(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the images below ``folder``, relative to it."""
-    for entry in _entries(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            yield f"{prefix}{entry.name}"
+class Layout(ABC):
+    """One way to have a split of a data set on disk.
+
+    Attributes:
+        root: the folder that relative paths start from, beside which the index is kept.
+        name: tells this split and layout from others in the same folder.
+        archives: the files that hold the images, or the folder.
+        index_class: what reads the images.
+    """
+
+    root: Path
+    name: str
+    archives: list[Path]
+    index_class: ClassVar[type[ImageIndex]]
+
+    @abstractmethod
+    def scan(self) -> Scan:
+        """Find all images.
+
+        Raises:
+            UserError: something is missing, damaged or empty.
+        """
+
+    def classes(self, cache_dir: str) -> list[str]:
+        """The names of the classes."""
+        return open_index(self, cache_dir).classes
 
 
-def _entries(folder: Path) -> Iterable[os.DirEntry]:
+def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
+    """The index of a layout: the one that is kept when the data has not changed since, else a new one.
+
+    It is kept in ``layout.root``, or in ``cache_dir`` where that cannot be written.
+
+    Raises:
+        UserError: from the scan, or neither place can be written.
+    """
+    files = _places(layout, cache_dir)
+    index = next(filter(None, (_load_fresh(layout, file) for file in files)), None)
+    if index:
+        return index
+    with _locked(files):  # of the processes of a host one scans; the others find what it has kept
+        index = next(filter(None, (_load_fresh(layout, file) for file in files)), None)
+        return index or _build(layout, files)
+
+
+def order(names: list[bytes], labels: np.ndarray) -> np.ndarray:
+    """The permutation that sorts images by class, then by name: the same for every layout of the same images."""
+    return np.lexsort((np.array(names, dtype=bytes), labels))
+
+
+def _places(layout: Layout, cache_dir: str) -> list[Path]:
+    cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.blake2b(os.fsencode(layout.root.resolve()), digest_size=8).hexdigest()
+    name = f"{layout.name}.safetensors"
+    return [layout.root / f".index-{name}", cache / "crossformer-trainer" / f"index-{digest}-{name}"]
+
+
+def _build(layout: Layout, files: list[Path]) -> ImageIndex:
+    began = time.time()
+    message = f"indexing {layout.root} ({layout.name}), once"
+    patience = threading.Timer(SECONDS_WITHOUT_A_WORD, print, [message], {"file": sys.stderr, "flush": True})
+    patience.start()
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+        scan = layout.scan()
+    finally:
+        patience.cancel()
+    metadata = {
+        "version": VERSION,
+        "kind": layout.index_class.__name__,
+        "classes": json.dumps(scan.classes),
+        "archives": json.dumps(scan.archives),
+        "sources": json.dumps([_stamp(path, layout.root) for path in scan.sources]),
+        "began": str(began),
+    }
+    problems = []
+    for file in files:
+        temporary = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(scan.arrays, temporary, metadata=metadata)
+            temporary.chmod(0o644)  # whoever can read the data
+            os.replace(temporary, file)
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{file.parent}: {getattr(error, 'strerror', None) or error}")
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        else:
+            return _load(layout.index_class, layout.root, file)[0]
+    raise UserError(f"the index cannot be kept ({'; '.join(problems)}); set DATA.CACHE_DIR to a folder with space")
+
+
+def _load(index_class: type[ImageIndex], root: Path, file: Path) -> tuple[ImageIndex, dict[str, str]]:
+    with safe_open(file, framework="pt") as content:  # torch's tensors are views of the mapped file
+        metadata = content.metadata() or {}
+        if metadata.get("version") != VERSION or metadata.get("kind") != index_class.__name__:
+            raise ValueError("another version")
+        arrays = {key: content.get_tensor(key).numpy() for key in content.keys()}  # noqa: SIM118
+    return index_class(root, json.loads(metadata["classes"]), arrays, json.loads(metadata["archives"]), file), metadata
+
+
+def _reopen(index_class: type[ImageIndex], root: Path, file: Path, classes: list[str]) -> ImageIndex:
+    return _load(index_class, root, file)[0].with_classes(classes)
+
+
+def _load_fresh(layout: Layout, file: Path) -> ImageIndex | None:
+    """The index in ``file``, or None when there is none, or it is of other data or of an earlier state of it."""
+    try:
+        index, metadata = _load(layout.index_class, layout.root, file)
+        sources = json.loads(metadata["sources"])
+        newest = max((stamp[1] for stamp in sources if stamp[1] < 1e9 * time.time()), default=0) / 1e9
+        if newest > float(metadata["began"]) - RACY_SECONDS:
+            return None
+        if index.archives != [os.path.relpath(path, layout.root) for path in layout.archives]:
+            return None
+        if any(stamp != _stamp(layout.root / stamp[0], layout.root) for stamp in sources):
+            return None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return index
+
+
+def _stamp(path: Path, root: Path) -> list:
+    """What changes when a file, or the list of files in a folder, does; or when one appears that was not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return [os.path.relpath(path, root), 0, -1]
+    return [os.path.relpath(path, root), status.st_mtime_ns, 0 if path.is_dir() else status.st_size]
+
+
+@contextmanager
+def _locked(files: list[Path]) -> Iterator[None]:
+    """Hold a lock file beside the first of ``files`` that can have one; without any, several processes may scan."""
+    handle = None
+    for file in files:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # A network file system locks only what is open for writing
+            handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            break
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

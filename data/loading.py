@@ -3,18 +3,46 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from data.dataset import ImageDataset, collate
-from data.sampling import EvalBatches, TrainBatches
+from data.dataset import Batch, BatchDataset, ImageDataset
+from data.on_device import DeviceStage
+from data.ring import Ring, Slot
+from data.sampling import EvalBatches, Key, TrainBatches
 from utils.errors import UserError
 
+PREFETCH_FACTOR = 2
+"""Batches that each loader process works ahead."""
+BATCHES_IN_USE = 2
+"""One that is used, and one that is copied to the device meanwhile."""
 
-def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+class _Numbered(Sampler[tuple[int, list[Key]]]):
+    """Batches with their numbers."""
+
+    def __init__(self, batches: TrainBatches | EvalBatches):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[int, list[Key]]]:
+        return enumerate(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
+    torch.set_num_threads(1)
 
 
 def stop_on_bad_image(line: str) -> None:
@@ -22,43 +50,120 @@ def stop_on_bad_image(line: str) -> None:
     raise UserError(f"image {line}; remove or mend it, or go on without it: --opts DATA.ON_BAD_IMAGE skip")
 
 
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """torch raises an error of its own in the main process, wherever that is, when a loader process has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process has died ({str(error).splitlines()[0]}): for want of memory, perhaps; "
+            "use a smaller DATA.NUM_WORKERS, and see what the system's log says"
+        ) from error
+
+
 class _Loader:
-    """Yields images ``(B, 3, H, W)`` and classes ``(B,)`` on the device."""
+    """Yields normalised images ``(B, 3, H, W)`` and classes ``(B,)`` on the device.
+
+    The workers make uint8 images; ``device_stage`` does the rest.
+    """
 
     def __init__(
         self,
         dataset: ImageDataset,
         batches: TrainBatches | EvalBatches,
         num_workers: int,
-        device: torch.device,
+        device_stage: DeviceStage,
         on_bad_image: Callable[[str], None] = stop_on_bad_image,
     ):
         self.dataset = dataset
         self.batches = batches
-        self.device = device
+        self.device_stage = device_stage
         self.on_bad_image = on_bad_image
         self.skipped = 0
-        self._loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=device.type == "cuda",
-            # Forked workers share the index; others would get a copy each
-            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-            worker_init_fn=_leave_ctrl_c_to_the_main_process if num_workers else None,
-        )
+        self.num_workers = num_workers
+
+    @property
+    def device(self) -> torch.device:
+        return self.device_stage.device
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets, bad, failure in self._loader:
-            for line in bad:
+        return _one_ahead(self._sound_batches(), self._to_device, self.device)
+
+    def host_batches(self) -> Iterator[Batch]:
+        """What the workers make of the files. The images of a batch are valid until the next but one is asked for."""
+        forks = self.num_workers > 0 and sys.platform == "linux"
+        ring = None
+        if forks:
+            size = self.dataset.transform.size
+            blocks = PREFETCH_FACTOR * self.num_workers + BATCHES_IN_USE
+            ring = Ring(blocks, (self.batches.batch_size, size, size, 3))
+        loader = DataLoader(
+            BatchDataset(self.dataset, ring),
+            batch_size=None,  # the sampler's items are whole batches
+            sampler=_Numbered(self.batches),
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            prefetch_factor=PREFETCH_FACTOR if self.num_workers else None,
+            pin_memory=self.device.type == "cuda",
+            # Forked workers share the index and the ring; others would map the index once more
+            multiprocessing_context="fork" if forks else None,
+            worker_init_fn=_start_worker if self.num_workers else None,
+        )
+        for batch in loader:
+            images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
+            yield batch._replace(images=images, targets=torch.as_tensor(batch.targets))
+
+    def _sound_batches(self) -> Iterator[Batch]:
+        for batch in self.host_batches():
+            for line in batch.report.bad:
                 self.on_bad_image(line)
                 self.skipped += 1
-            if failure:
-                raise UserError(f"image {failure}")
-            if len(targets):
-                images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                yield images, targets.to(self.device, non_blocking=True)
+            if batch.report.failure:
+                raise UserError(batch.report.failure)
+            if len(batch.targets):
+                yield batch
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        targets = batch.targets.pin_memory() if self.device.type == "cuda" else batch.targets
+        return self.device_stage(batch.images, batch.report.plans), targets.to(self.device, non_blocking=True)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders: memory that was freed on one stream is of no use to another."""
+    return torch.cuda.Stream(device)
+
+
+def _one_ahead(
+    batches: Iterator[Batch], to_device: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copy and prepare each batch on a stream of its own while the one before it is in use."""
+    if device.type != "cuda":
+        yield from map(to_device, batches)
+        return
+    stream = _copy_stream(device)
+    ready = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            tensors = to_device(batch)
+        event = stream.record_event()
+        if ready:
+            yield _handed_over(*ready)
+        ready = tensors, event
+    if ready:
+        yield _handed_over(*ready)
+
+
+def _handed_over(tensors: tuple[Tensor, Tensor], event: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+    """Let the current stream wait for the tensors, and their memory wait for the current stream."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for tensor in tensors:
+        tensor.record_stream(current)
+    return tensors
 
 
 class TrainLoader(_Loader):

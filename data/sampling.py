@@ -48,6 +48,13 @@ class TrainBatches(Sampler[list[Key]]):
                 micro_batch = order[start + micro_step * self.batch_size :][: self.batch_size]
                 yield [(epoch, i) for i in micro_batch.tolist()]
 
+    def global_batch_of(self, step: int) -> list[Key]:
+        """What all ranks together take in ``step``."""
+        epoch, steps_into_epoch = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.seed, epoch, self.size)
+        start = steps_into_epoch * self.global_batch
+        return [(epoch, i) for i in order[start : start + self.global_batch].tolist()]
+
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation
 

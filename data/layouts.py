@@ -1,0 +1,98 @@
+"""Which of the known layouts a data set has."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data import imagenet
+from data.folder import FolderLayout
+from data.index import Layout
+from data.tar import TarLayout
+from data.zip import ZipLayout
+from utils.errors import UserError
+
+SPLITS = {"train": ("train",), "val": ("val", "validation")}
+"""What the two parts of a data set may be called on disk."""
+
+
+def find_layout(root: Path, split: str, layout: str) -> Layout | None:
+    """How ``split`` (train or val) of the data in ``root`` is kept, or None where nothing of it is there.
+
+    Args:
+        layout: ``auto`` takes the first of ``folder``, ``zip``, ``imagenet`` and ``tar`` that is there.
+
+    Raises:
+        UserError: it is there, but not whole.
+    """
+    for name in LAYOUTS if layout == "auto" else [layout]:
+        for folder in SPLITS[split]:
+            found = LAYOUTS[name](root, folder)
+            if found:
+                return found
+    return None
+
+
+def missing(root: Path, split: str, layout: str) -> UserError:
+    """There is no such split."""
+    names = LAYOUTS if layout == "auto" else [layout]
+    expected = ", ".join(EXPECTED[name].format(split=split) for name in names)
+    return UserError(f"DATA.DATA_PATH {root} has no folder '{split}'; expected {expected} in it (see docs/data.md)")
+
+
+def _folder(root: Path, split: str) -> Layout | None:
+    folder = root / split
+    if not folder.is_dir() or (_tars(folder) and not any(path.is_dir() for path in folder.iterdir())):
+        return None
+    return FolderLayout(root, split)
+
+
+def _zip(root: Path, split: str) -> Layout | None:
+    archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
+    if not archive.exists() and not map_file.exists():
+        return None
+    for path, other in ((archive, map_file), (map_file, archive)):
+        if not path.exists():
+            raise UserError(f"{other} is there, but not {path}; the zip layout needs both (see docs/data.md)")
+    return ZipLayout(root, split)
+
+
+def _official(root: Path, split: str) -> Layout | None:
+    if split == "train" and (root / imagenet.TRAIN).exists():
+        return imagenet.OfficialTrainLayout(root)
+    if split == "val" and (root / imagenet.VAL).exists():
+        return imagenet.OfficialValLayout(root)
+    return None
+
+
+def _tar(root: Path, split: str) -> Layout | None:
+    official = (imagenet.TRAIN, imagenet.VAL)
+    archives = _tars(root / split) or _tars(root, lambda name: name not in official and split in _words(name))
+    return TarLayout(root, split, archives) if archives else None
+
+
+def _tars(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    def names() -> Iterator[str]:
+        if folder.is_dir():
+            yield from (name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+
+    return [folder / name for name in sorted(names()) if wanted(name)]
+
+
+def _words(name: str) -> list[str]:
+    """``imagenet1k-train-0001.tar`` to imagenet1k, train, tar."""
+    return re.split(r"[-_.{}0-9]+", name)
+
+
+LAYOUTS: dict[str, Callable[[Path, str], Layout | None]] = {
+    "folder": _folder,
+    "zip": _zip,
+    "imagenet": _official,
+    "tar": _tar,
+}
+EXPECTED = {
+    "folder": "{split}/CLASS/*.jpg",
+    "zip": "{split}.zip with {split}_map.txt",
+    "imagenet": "ILSVRC2012_img_{split}.tar",
+    "tar": "{split}/*.tar",
+}

@@ -1,0 +1,118 @@
+"""The zip layout of the Swin family: ``train.zip`` and ``train_map.txt`` with a line ``PATH<tab>CLASS`` an image."""
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name
+from data.index import Layout, Scan
+from utils.errors import UserError
+
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE 4.3.7
+SIGNATURE = b"PK\x03\x04"
+NAME_AND_EXTRA = 512
+"""So many bytes are read in advance for a member's name and extra fields; more of them cost a second read."""
+STORED, DEFLATED = 0, 8
+MAX_IMAGE_BYTES = 2**30
+
+
+class ZipIndex(ArchiveIndex):
+    """``offset`` is where a member's local header begins; ``length`` is what its data take, compressed or not."""
+
+    def read(self, i: int) -> bytes:
+        offset, length = int(self._offset[i]), int(self._length[i])
+        data = self.bytes_at(i, offset, LOCAL_HEADER.size + NAME_AND_EXTRA + length)
+        method, name_length, extra_length = self._header(i, data)
+        begin = LOCAL_HEADER.size + name_length + extra_length
+        if name_length + extra_length > NAME_AND_EXTRA:
+            data = self.bytes_at(i, offset, begin + length)
+        data = data[begin : begin + length]
+        if len(data) < length:
+            raise self.misfit(i)
+        return data if method == STORED else zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_IMAGE_BYTES)
+
+    def member(self, i: int) -> str:
+        data = self.bytes_at(i, int(self._offset[i]), LOCAL_HEADER.size + NAME_AND_EXTRA)
+        name_length = self._header(i, data)[1]
+        return data[LOCAL_HEADER.size :][:name_length].decode("utf-8", "replace")
+
+    def _header(self, i: int, data: bytes) -> tuple[int, int, int]:
+        """Compression method, length of the name and of the extra fields."""
+        if len(data) < LOCAL_HEADER.size:
+            raise self.misfit(i)
+        signature, _, _, method, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(data)
+        if signature != SIGNATURE or method not in (STORED, DEFLATED):
+            raise self.misfit(i)
+        return method, name_length, extra_length
+
+
+class ZipLayout(Layout):
+    """``root/SPLIT.zip`` and ``root/SPLIT_map.txt``."""
+
+    index_class = ZipIndex
+
+    def __init__(self, root: Path, split: str):
+        self.root, self.split, self.name = root, split, f"{split}-zip"
+        self.archives = [root / f"{split}.zip"]
+
+    def scan(self) -> Scan:
+        members, archive = Members(self.root, self.archives), self.archives[0]
+        map_file = self.root / f"{self.split}_map.txt"
+        train_map = self.root / "train_map.txt"
+        names = class_names(map_file, *([train_map] if train_map.exists() else []))
+        try:
+            with zipfile.ZipFile(archive) as zipped:
+                content = {info.filename: info for info in zipped.infolist()}
+        except Exception as error:  # the module fails in arbitrary ways on arbitrary bytes
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise UserError(
+                f"{archive} cannot be read: {reason}; it is damaged or no zip file: get it again"
+            ) from error
+        for line, (path, label) in enumerate(read_map(map_file), 1):
+            info = content.get(path) or content.get(f"{self.split}/{path}")
+            if info is None:
+                raise UserError(
+                    f"{map_file}, line {line}: {archive.name} holds no {path}; mend the line or the archive"
+                )
+            if info.flag_bits & 1 or info.compress_type not in (STORED, DEFLATED):
+                raise UserError(f"{archive}:{path} is encrypted or compressed in an unusual way; zip it again with -0")
+            class_folder, name = class_and_name(path)
+            name = name if class_folder == names[label] or not class_folder else path
+            members.add(names[label], name, 0, info.header_offset, info.compress_size)
+        return members.scan(names, map_file, train_map)
+
+
+def read_map(path: Path) -> list[tuple[str, int]]:
+    """The lines of a map file: path in the archive, number of the class."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise UserError(f"{path} cannot be read: {reason}; it needs a line PATH<tab>CLASS for an image") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        member, tab, label = line.rpartition("\t")
+        if not tab or not member or not label.strip().isdecimal() or len(label) > MAX_CLASS_DIGITS:
+            raise UserError(f"{path}, line {number}: expected PATH<tab>NUMBER OF THE CLASS, not {line[:80]!r}")
+        entries.append((member.removeprefix("./"), int(label)))
+    if not entries:
+        raise UserError(f"{path} is empty; it needs a line PATH<tab>CLASS for an image")
+    return entries
+
+
+def class_names(*map_files: Path) -> list[str]:
+    """The folders of the images in the order of their class numbers.
+
+    Where the last file (that of the training images) does not give each number one folder of its own, the numbers.
+    """
+    entries = [read_map(path) for path in map_files]
+    folder_of: dict[int, str] = {}
+    consistent = True
+    for path, label in entries[-1]:
+        folder = class_and_name(path)[0]
+        consistent &= bool(folder) and folder_of.setdefault(label, folder) == folder
+    count = 1 + max(label for of_file in entries for _, label in of_file)
+    if consistent and len(folder_of) == count == len(set(folder_of.values())):
+        return [folder_of[label] for label in range(count)]
+    return [str(label) for label in range(count)]

@@ -1,0 +1,311 @@
+"""Checking a data set before training on it, by the real command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from make_layouts import LAYOUTS
+from PIL import Image
+
+from config import build_config
+from data import build_loaders
+
+COMMAND = (sys.executable, "scripts/check_dataset.py", "--workers", "2")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (10, 50, 220)
+KINDS = {
+    "unreadable", "empty", "truncated", "broken", "other_format", "cmyk", "grey", "more_than_8_bits", "palette",
+    "alpha", "rotated", "tiny", "huge",
+}  # fmt: skip
+
+
+@dataclass
+class Check:
+    """What the command has done."""
+
+    status: int
+    stdout: str
+    stderr: str
+    output: Path
+
+    @property
+    def report(self) -> dict:
+        return json.loads((self.output / "report.json").read_text())
+
+    def found(self) -> dict[str, set[str]]:
+        """The names (without folder and suffix) of each kind of image."""
+        found: dict[str, set[str]] = {}
+        for split in self.report["splits"].values():
+            for kind, entries in split["findings"].items():
+                found.setdefault(kind, set()).update(stem(entry["image"]) for entry in entries)
+        return found
+
+
+def stem(name: str) -> str:
+    """``data/val.zip:a/1.jpg`` to 1."""
+    return Path(name.rpartition(":")[2]).stem
+
+
+@pytest.fixture
+def check(tmp_path):
+    def run(folder: Path, *arguments: str) -> Check:
+        command = [*COMMAND, "--data-path", str(folder), "--output", str(tmp_path / "out"), *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in done.stderr, done.stderr
+        return Check(done.returncode, done.stdout, done.stderr, tmp_path / "out")
+
+    return run
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.RandomState(seed).randint(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((64, 48))
+
+
+def save(image: Image.Image, path: Path, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory) -> Path:
+    """One of each fault and oddity, among sound images; class b has no image in val."""
+    root = tmp_path_factory.mktemp("faulty")
+    a, b, val = root / "train" / "a", root / "train" / "b", root / "val" / "a"
+    sound = save(picture(0), a / "sound.jpg")
+    save(picture(1), a / "upright.jpg", exif=exif(1))
+    save(picture(2), a / "progressive.jpeg", progressive=True)
+    whole = save(picture(3), a / "truncated.jpg")
+    whole.write_bytes(whole.read_bytes()[:-200])
+    for name in ("empty_a", "empty_b"):  # both: two empty files are no duplicates
+        (a / f"{name}.jpg").touch()
+    (a / "broken.jpg").write_text("this is no image")
+    save(picture(4), a / "png_named.JPEG", format="PNG")
+    save(picture(5).convert("CMYK"), a / "cmyk.JPEG")
+    save(picture(6).convert("L"), a / "grey.jpg")
+    save(picture(7), a / "turned.jpg", exif=exif(6))
+    save(Image.fromarray(np.arange(64 * 48, dtype=np.uint16).reshape(48, 64)), a / "sixteen_bits.png")
+    save(picture(8).convert("P"), a / "palette.png")
+    save(picture(9).convert("RGBA"), a / "alpha.png", exif=b"damaged")
+    save(picture(10).resize((40, 31)), a / "tiny.jpg")
+    save(Image.new("RGB", (8000, 5001), RED), a / "huge.jpg")
+    twin = save(picture(11), a / "twin_a.jpg")
+    (root / "train" / "b").mkdir()
+    (b / "twin_b.jpg").write_bytes(twin.read_bytes())
+    save(picture(12), val / "other.jpg")
+    (val / "leaked.jpg").write_bytes(sound.read_bytes())
+    return root
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards", "deflated zip"])
+def test_every_fault_is_found_and_nothing_else(faulty, check, tmp_path, layout):
+    LAYOUTS[layout](faulty, tmp_path / "data")
+    expected = {kind: set() for kind in KINDS} | {
+        "empty": {"empty_a", "empty_b"},
+        "truncated": {"truncated"},
+        "broken": {"broken"},
+        "other_format": {"png_named"},
+        "cmyk": {"cmyk"},
+        "grey": {"grey", "sixteen_bits"},
+        "more_than_8_bits": {"sixteen_bits"},
+        "palette": {"palette"},
+        "alpha": {"alpha"},
+        "rotated": {"turned"},
+        "tiny": {"tiny"},
+        "huge": {"huge"},
+    }
+    if layout == "folder":
+        (tmp_path / "data" / "train" / "a" / "gone.jpg").symlink_to("nowhere")
+        expected["unreadable"] = {"gone"}
+    done = check(tmp_path / "data")
+    assert done.status == 1, done.stderr
+    assert done.found() == expected
+    report = done.report
+    assert not report["sound"]
+
+    findings = report["splits"]["train"]["findings"]
+    assert "image file is truncated" in findings["truncated"][0]["detail"]
+    assert "cannot identify image file" in findings["broken"][0]["detail"]
+    assert findings["other_format"][0]["detail"] == "PNG"
+    assert findings["rotated"][0]["detail"] == "orientation 6"
+    assert findings["tiny"][0]["detail"] == "40 x 31"
+
+    (twins,) = report["splits"]["train"]["duplicates"]
+    assert {stem(name) for name in twins["images"]} == {"twin_a", "twin_b"}
+    assert twins["classes"] == ["a", "b"]
+    assert report["splits"]["val"]["duplicates"] == []
+    (leak,) = report["leaks"]
+    assert [[stem(name) for name in leak[split]] for split in ("train", "val")] == [["sound"], ["leaked"]]
+
+    assert report["splits"]["train"]["classes_missing"] == []
+    assert report["splits"]["val"]["classes_missing"] == ["b"]
+    assert report["splits"]["train"]["images"] - report["splits"]["train"]["decoded"] == 4 + (layout == "folder")
+    for heading in ("empty (2):", "truncated (1):", "more than once in train (1)", "in val and in train too (1)"):
+        assert heading in done.stdout
+    assert "(in different classes: a, b)" in done.stdout
+    assert "the data set is NOT sound" in done.stdout
+    assert "val  2/2 images" in done.stdout
+
+
+def test_a_leak_alone_is_not_sound(check, tmp_path):
+    for i in range(4):
+        save(picture(i), tmp_path / "data" / "train" / "a" / f"{i}.png")
+    save(picture(3), tmp_path / "data" / "val" / "a" / "other_name.png")
+    done = check(tmp_path / "data")
+    assert (done.status, len(done.report["leaks"])) == (1, 1)
+
+
+def test_a_sound_data_set_and_its_contact_sheet(check, tmp_path):
+    """Flat colours and no augmentation: what the sheet shows is what the files hold, once normalising is undone."""
+    of_images = [("red", RED)] * 3 + [("green", GREEN)] * 2 + [("blue", BLUE)]
+    for i, (label, colour) in enumerate(of_images):
+        save(Image.new("RGB", (40 + i, 60 + 2 * i), colour), tmp_path / "data" / "train" / label / f"{i}.png")
+    for label, colour in (("red", RED), ("green", GREEN), ("blue", BLUE)):
+        save(Image.new("RGB", (50, 50), colour), tmp_path / "data" / "val" / label / "0.png")
+    plain = "AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0 AUG.REPROB 0 AUG.MIXUP 0 AUG.CUTMIX 0".split()
+    done = check(tmp_path / "data", "--opts", *plain, "DATA.IMG_SIZE", "32")
+    assert done.status == 0, done.stdout + done.stderr
+    assert done.found() == {kind: set() for kind in KINDS}
+    assert "the data set is sound" in done.stdout
+
+    report = done.report
+    train = report["splits"]["train"]
+    assert (report["classes"], train["images"], train["decoded"], train["formats"]) == (3, 6, 6, {"PNG": 6})
+    assert train["images_per_class"] == {
+        "smallest": {"class": "blue", "images": 1},
+        "median": 2.0,
+        "largest": {"class": "red", "images": 3},
+    }
+    assert train["sizes"]["width"] == {"min": 40, "median": 42.5, "mean": 42.5, "max": 45}
+    assert train["sizes"]["pixels"]["max"] == 45 * 70
+    assert train["sizes"]["bytes"]["max"] == max(p.stat().st_size for p in (tmp_path / "data" / "train").rglob("*.png"))
+    colours = np.array([RED] * 3 + [GREEN] * 2 + [BLUE]) / 255
+    assert train["colours"]["sampled_images"] == 6
+    np.testing.assert_allclose(train["colours"]["mean"], colours.mean(0), atol=1e-6)
+    np.testing.assert_allclose(train["colours"]["std_of_all_pixels"], colours.std(0), atol=1e-6)
+    np.testing.assert_allclose(train["colours"]["std_within_images"], 0, atol=1e-6)
+
+    sheet = Image.open(done.output / "augmentations.png")
+    assert sheet.size == (8 * 132 + 4, 40 + 3 * 152)  # as in evaluation, epoch 0, epoch 1
+    centres = [[sheet.getpixel((4 + 132 * x + 64, 60 + 152 * y + 64)) for x in range(6)] for y in range(3)]
+    assert centres[0] == centres[1] == centres[2]
+    assert sorted(centres[0]) == sorted([RED] * 3 + [GREEN] * 2 + [BLUE])
+
+
+def test_the_contact_sheet_is_the_recipe(check, digits):
+    """Epoch 0 is the first batch of training; mixup and cutmix have a row each. All of val leaks here."""
+    opts = "DATA.IMG_SIZE 128 DATA.BATCH_SIZE 8 DATA.NUM_WORKERS 0 AUG.DEVICE cpu SEED 3".split()
+    done = check(digits, "--opts", *opts)
+    assert done.status == 1, done.stderr
+    assert (done.report["splits"]["train"]["images"], len(done.report["leaks"])) == (72, 37)
+    assert (done.output / "augmentations.png").stat().st_size < 2_000_000
+    sheet = Image.open(done.output / "augmentations.png")
+    assert sheet.size == (8 * 132 + 4, 40 + 5 * 152)
+
+    def cells(row: int) -> np.ndarray:
+        top = 60 + 152 * row
+        return np.stack([np.array(sheet)[top : top + 128, 4 + 132 * x : 132 + 132 * x] for x in range(8)])
+
+    config = build_config(opts=["DATA.DATA_PATH", str(digits), *opts])
+    images, _ = next(build_loaders(config, torch.device("cpu")).train.micro_batches(0, 1))
+    mean, std = torch.tensor(config.DATA.MEAN), torch.tensor(config.DATA.STD)
+    trained_on = (255 * (images.permute(0, 2, 3, 1) * std + mean)).clamp(0, 255).numpy()
+    assert np.abs(cells(1) - trained_on).max() < 1
+    rows = [cells(row) for row in range(5)]
+    assert all((a != b).any((1, 2, 3)).sum() >= 6 for i, a in enumerate(rows) for b in rows[:i])  # no row is another
+
+
+@pytest.mark.parametrize(("there", "not_there"), [("train", "val"), ("val", "train")])
+def test_one_split_alone(check, tmp_path, there, not_there):
+    for i in range(12):
+        save(picture(i).convert("L"), tmp_path / "data" / there / "a" / f"[red]{i}.png")  # no mark-up of the terminal's
+    done = check(tmp_path / "data", "--opts", "DATA.IMG_SIZE", "32")
+    assert done.status == 0, done.stderr
+    assert done.report["missing_splits"] == [not_there]
+    assert f"there is no {not_there}" in done.stdout
+    assert len(done.found()["grey"]) == 12
+    assert done.stdout.count("/[red]") == 10
+    assert f"and 2 more, see {done.output / 'report.json'}" in done.stdout
+    assert (done.output / "augmentations.png").exists()
+
+
+def test_a_data_set_without_one_sound_image(check, tmp_path):
+    save(picture(0), tmp_path / "data" / "train" / "a" / "0.png").write_bytes(b"nothing")
+    done = check(tmp_path / "data")
+    assert done.status == 1, done.stderr
+    assert done.found()["broken"] == {"0"}
+    assert not (done.output / "augmentations.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-path", "/nowhere"], "DATA.DATA_PATH /nowhere is not a folder"),
+        (["--data-path", "{data}", "--opts", "AUG.MIXUPS", "1"], "did you mean AUG.MIXUP?"),
+        (["--data-path", "{data}", "--opts", "DATA.BATCH_SIZE", "7"], "DATA.BATCH_SIZE 7 is odd"),
+        (["--data-path", "{data}", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["--data-path", "{data}", "--output", "{data}/val/1/file"], "cannot be written"),
+        (["--wrong"], "unrecognized arguments: --wrong (see python scripts/check_dataset.py --help)"),
+    ],
+)
+def test_a_mistake_is_one_line(digits, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    arguments = [argument.format(data=digits) for argument in arguments]
+    if "--output" in arguments:
+        arguments[-1] = str(tmp_path / "file")
+    done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def long_check(tmp_path):
+    """The command at work on enough images to be disturbed, after its first word; and its processes."""
+    save(Image.new("RGB", (1000, 1000), RED), tmp_path / "data" / "train" / "a" / "0.png")
+    for i in range(1, 3000):
+        (tmp_path / "data" / "train" / "a" / f"{i}.png").hardlink_to(tmp_path / "data" / "train" / "a" / "0.png")
+    process = subprocess.Popen(
+        [*COMMAND, "--data-path", str(tmp_path / "data"), "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
+    )
+    assert process.stdout.readline().startswith("train  32/3,000 images")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_ctrl_c_stops_it(long_check):
+    os.killpg(long_check.pid, signal.SIGINT)  # as a terminal does
+    _, stderr = long_check.communicate(timeout=60)
+    assert (long_check.returncode, stderr) == (130, "\nstopped\n")
+
+
+def test_a_killed_process_is_named(long_check):
+    children = Path(f"/proc/{long_check.pid}/task/{long_check.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, stderr = long_check.communicate(timeout=60)
+    assert long_check.returncode == 2
+    assert stderr.startswith("error: a process was killed while it checked train")
