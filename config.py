@@ -20,13 +20,19 @@ _C = CfgNode()
 _C.BASE = []
 
 _C.DATA = CfgNode()
-# Folder with train/CLASS/* and val/CLASS/* (or validation/)
+# Folder of the data set, whatever its layout (docs/data.md)
 _C.DATA.DATA_PATH = ""
+# auto | folder | tar | zip | imagenet (the official archives), or what timm's create_dataset takes, as hfds/NAME
+_C.DATA.FORMAT = "auto"
+# Where the index of a data set that cannot be written to is kept; the user's cache folder when empty
+_C.DATA.CACHE_DIR = ""
+# Read the data into memory first: no | part (each process of a host its share) | full (each process everything)
+_C.DATA.CACHE_MODE = "no"
 # Images of one process in one micro-batch
 _C.DATA.BATCH_SIZE = 128
 # Height and width of the images that the model sees
 _C.DATA.IMG_SIZE = 224
-# bicubic | bilinear | nearest | lanczos
+# bicubic | bilinear | nearest
 _C.DATA.INTERPOLATION = "bicubic"
 # Loader processes of each training process; 0 loads in the training process itself
 _C.DATA.NUM_WORKERS = 8
@@ -39,7 +45,7 @@ _C.DATA.STD = [0.229, 0.224, 0.225]
 _C.MODEL = CfgNode()
 # Any model that timm knows; CrossFormer's are listed in the README
 _C.MODEL.NAME = "crossformer_small"
-# 0 takes the number of class folders in the data
+# 0 takes the number of classes in the data
 _C.MODEL.NUM_CLASSES = 0
 # Checkpoint to carry on from, or to evaluate
 _C.MODEL.RESUME = ""
@@ -81,6 +87,8 @@ _C.TRAIN.WEIGHT_DECAY = 0.05
 _C.TRAIN.CLIP_GRAD = 5.0
 # Micro-batches whose gradients make up one step
 _C.TRAIN.ACCUMULATION_STEPS = 1
+# Cut micro-batches that do not fit into the GPU's memory into parts; the result is the same
+_C.TRAIN.AUTO_MICRO_BATCH = False
 # Recompute activations in the backward pass: less memory, about a third more time
 _C.TRAIN.USE_CHECKPOINT = False
 # torch.compile mode: none | default | max-autotune-no-cudagraphs
@@ -91,8 +99,19 @@ _C.TRAIN.EMA_DECAY = 0.0
 _C.TRAIN.EMA_WARMUP = False
 # Carry on from checkpoints/last.pth of the results folder when it is there
 _C.TRAIN.AUTO_RESUME = True
-# Save last.pth every so many steps; 0 saves it at the end of each epoch only
+# Carry on from a checkpoint although it is of another data set
+_C.TRAIN.FORCE_RESUME = False
+# Save last.pth at the end of each epoch, and every so many steps and minutes besides; 0 for never
 _C.TRAIN.SAVE_EVERY_STEPS = 0
+_C.TRAIN.SAVE_EVERY_MINUTES = 15.0
+# Of last.pth this many saves: the newest, and those before it in previous.pth, previous_2.pth, ...
+_C.TRAIN.KEEP_LAST = 2
+# Keep epoch_0010.pth for good after every so many epochs; 0 for none
+_C.TRAIN.KEEP_EVERY_EPOCHS = 0
+# End the run when nothing has happened for so long (an evaluation counts as one thing); 0 waits forever
+_C.TRAIN.HANG_MINUTES = 60.0
+# Stop after this many steps in a row whose gradient is not finite; each of them is skipped
+_C.TRAIN.MAX_SKIPPED_STEPS = 20
 # Evaluate after every so many epochs, and after the last
 _C.TRAIN.EVAL_EVERY_EPOCHS = 1
 
@@ -112,6 +131,8 @@ _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
 
 _C.AUG = CfgNode()
+# Where AUTO_AUGMENT or COLOR_JITTER run: cpu (the loader processes) | cuda | auto (on the GPU where there is one)
+_C.AUG.DEVICE = "auto"
 # Area of the random crop, as a share of the image
 _C.AUG.SCALE = [0.08, 1.0]
 # Aspect ratio of the random crop
@@ -152,9 +173,12 @@ _C.PRINT_FREQ = 10
 
 CHOICES = {
     "AMP": ("auto", "bf16", "fp16", "none"),
+    "AUG.DEVICE": ("auto", "cpu", "cuda"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AUG.REMODE": ("pixel", "rand", "const"),
-    "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest", "lanczos"),
+    "DATA.CACHE_MODE": ("no", "part", "full"),
+    "DATA.FORMAT": ("auto", "folder", "tar", "zip", "imagenet"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
     "TRAIN.COMPILE": ("none", "default", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
@@ -172,6 +196,9 @@ RANGES = {
     "TRAIN.CLIP_GRAD": (0, _ANY), "TRAIN.EMA_DECAY": (0, 1), "TRAIN.EPOCHS": (1, _ANY),
     "TRAIN.EVAL_EVERY_EPOCHS": (1, _ANY), "TRAIN.LR_REFERENCE_BATCH": (0, _ANY),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, _ANY), "TRAIN.LR_SCHEDULER.DECAY_RATE": (0, 1), "TRAIN.MIN_LR": (0, _ANY),
+    "TRAIN.HANG_MINUTES": (0, _ANY), "TRAIN.KEEP_EVERY_EPOCHS": (0, _ANY), "TRAIN.KEEP_LAST": (1, 100),
+    "TRAIN.MAX_SKIPPED_STEPS": (1, _ANY),
+    "TRAIN.SAVE_EVERY_MINUTES": (0, _ANY),
     "TRAIN.OPTIMIZER.EPS": (0, _ANY), "TRAIN.OPTIMIZER.MOMENTUM": (0, 1), "TRAIN.SAVE_EVERY_STEPS": (0, _ANY),
     "TRAIN.WARMUP_EPOCHS": (0, _ANY), "TRAIN.WARMUP_LR": (0, _ANY), "TRAIN.WEIGHT_DECAY": (0, _ANY),
 }  # fmt: skip
@@ -183,9 +210,11 @@ NUMBER_LISTS = {
 """Lists of numbers, and how many of them there may be."""
 
 NO_EFFECT = (
-    "DATA.BATCH_SIZE", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT",
-    "PRINT_FREQ", "TAG", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS",
-    "TRAIN.SAVE_EVERY_STEPS",
+    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
+    "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT", "PRINT_FREQ", "TAG", "TRAIN.ACCUMULATION_STEPS",
+    "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
+    "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
+    "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS",
 )  # fmt: skip
 """Settings that a resumed run may change freely (what matters of a batch is checked as the global batch)."""
 
@@ -340,6 +369,8 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
         raise UserError(f"{key} {get(config, key)} ({origin.get(key, 'the default')}): {problem}")
 
     for key, choices in CHOICES.items():
+        if key == "DATA.FORMAT" and "/" in config.DATA.FORMAT:
+            continue  # a name for timm
         if get(config, key) not in choices:
             near = did_you_mean(get(config, key), choices)
             fail(key, f"choose one of {', '.join(choices)}{near}")

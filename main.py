@@ -9,7 +9,7 @@ import traceback
 
 from config import build_config, output_dir
 from utils import distributed
-from utils.errors import UserError, did_you_mean
+from utils.errors import Parser, UserError, did_you_mean
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
@@ -18,13 +18,6 @@ SECONDS_FOR_RANK_0_TO_SPEAK = 5
 """torchrun ends all processes as soon as one has failed, so the silent ones wait."""
 
 LAUNCH = {"train": "train", "evaluate": "run_evaluation", "throughput": "run_throughput"}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`UserError`."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see python main.py --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,9 +38,12 @@ def parser() -> argparse.ArgumentParser:
     def flag(name: str, key: str, **kwargs) -> None:
         p.add_argument(name, dest=key, **kwargs)
 
-    flag("--data-path", "DATA.DATA_PATH", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
+    flag("--data-path", "DATA.DATA_PATH", metavar="DIR", help="folder of the data set (docs/data.md)")
+    flag("--zip", "DATA.FORMAT", action="store_const", const="zip", help="read train.zip with train_map.txt, and val")
+    flag("--cache-mode", "DATA.CACHE_MODE", metavar="MODE", help="read the data into memory first: no, part or full")
     flag("--batch-size", "DATA.BATCH_SIZE", metavar="N", type=int, help="images of a process in a micro-batch")
     flag("--resume", "MODEL.RESUME", metavar="FILE", help="checkpoint to carry on from, or to evaluate")
+    flag("--force-resume", "TRAIN.FORCE_RESUME", action="store_true", help="carry on although the data is another")
     flag("--pretrained", "MODEL.PRETRAINED", metavar="FILE", help="checkpoint whose weights to start from")
     flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", metavar="N", type=int, help="micro-batches of a step")
     flag("--use-checkpoint", "TRAIN.USE_CHECKPOINT", action="store_true", help="recompute activations to save memory")

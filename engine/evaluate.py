@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision) -> dict
     model.train(was_training)
     images, top1, top5, loss = sum_over_ranks(sums).tolist()
     if images == 0:
-        raise UserError(f"no image of {loader.dataset.index.folder} can be decoded")
+        raise UserError(f"no validation image of {loader.dataset.index.root} can be decoded")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
 
 

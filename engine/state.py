@@ -1,19 +1,17 @@
-"""What a run consists of besides its config and data, and the files that hold it."""
+"""What a run consists of besides its config and data."""
 
-import os
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
 from config import differing_settings
+from engine.ema import Ema
 from models import load_weights
-from utils import checkpoint
 from utils.distributed import broadcast_from_main
 from utils.errors import UserError
 
@@ -31,7 +29,7 @@ class TrainState:
     model: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
+    ema: Ema | None
     step: int = 0
     best_top1: float = -1.0
     evaluated_step: int = 0
@@ -65,10 +63,6 @@ class TrainState:
         self.step, self.best_top1 = content["step"], content["best_top1"]
         self.evaluated_step = content["evaluated_step"]
 
-    def weights_are_finite(self) -> bool:
-        """Whether the run can go on. Waits for the device."""
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(self.model.parameters())))
-
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers, such as BatchNorm's statistics, so that all evaluate the same model."""
         models = [self.model, *([self.ema.module] if self.ema else [])]
@@ -76,42 +70,8 @@ class TrainState:
             broadcast_from_main(buffer)
 
 
-class Checkpoints:
-    """``last.pth``, the one before it, and ``best.pth`` in a folder."""
-
-    def __init__(self, folder: Path):
-        self.last, self.previous, self.best = (folder / f"{name}.pth" for name in ("last", "previous", "best"))
-
-    def save_last(self, content: dict[str, Any]) -> None:
-        """Save what a run needs to carry on; keep the file before it in case this one gets damaged."""
-        checkpoint.save_atomically(content, self.last, keep=self.previous)
-
-    def save_best(self, content: dict[str, Any]) -> None:
-        """Save weights to use elsewhere."""
-        checkpoint.save_atomically(content, self.best)
-
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint of this folder, if any, and a line for each damaged one, which is renamed.
-
-        Raises:
-            UserError: there are some, and all are damaged.
-        """
-        damaged = []
-        for path in (self.last, self.previous):
-            if path.exists():
-                try:
-                    checkpoint.read(path)
-                    return path, damaged
-                except (checkpoint.DamagedFile, checkpoint.RefusedFile) as error:
-                    os.replace(path, path.with_suffix(".pth.corrupt"))  # out of the way of the next save
-                    damaged.append(f"{error} (now {path.name}.corrupt)")
-        if damaged:
-            raise UserError(f"{'; '.join(damaged)}; the same command again starts anew")
-        return None, []
-
-
-def check_resumable(content: dict[str, Any], path: Path, config, global_batch: int, images: int) -> list[str]:
-    """Refuse a checkpoint from which this run cannot carry on exactly.
+def check_resumable(content: dict[str, Any], path: Path, config, images: int) -> list[str]:
+    """Refuse a checkpoint from which this run cannot carry on, unless TRAIN.FORCE_RESUME says so.
 
     Returns:
         a line for each setting that may change the result and differs from the run so far.
@@ -122,18 +82,28 @@ def check_resumable(content: dict[str, Any], path: Path, config, global_batch: i
             f"{path} holds no {missing[0]}, so a run cannot carry on from it: "
             "to start a run from its weights use --pretrained instead of --resume"
         )
-    if content["global_batch"] != global_batch:
-        raise UserError(
-            f"{path} was trained with a global batch of {content['global_batch']}, this run has {global_batch}: choose "
-            "DATA.BATCH_SIZE x TRAIN.ACCUMULATION_STEPS x processes so that it is the same, or start anew with --tag"
-        )
+    lines = []
     if content["images"] != images:
-        raise UserError(
-            f"{path} was trained on {content['images']:,} images, DATA.DATA_PATH has {images:,}, which changes their "
-            "order: use the same data (DATA.ON_BAD_IMAGE skip for bad images), or start anew with another --tag"
-        )
+        problem = f"{path} was trained on {content['images']:,} images, DATA.DATA_PATH has {images:,}"
+        if not config.TRAIN.FORCE_RESUME:
+            raise UserError(
+                f"{problem}, which changes their order: use the same data (DATA.ON_BAD_IMAGE skip for bad images), "
+                "start anew with another --tag, or carry on all the same with --force-resume"
+            )
+        lines.append(problem)
     differing = differing_settings(content["config"], config)
     for key, before, now in differing:
         if key == "TRAIN.OPTIMIZER.NAME":
             raise UserError(f"{path} was trained with {key} {before}, this run has {now}: keep it, or use --pretrained")
-    return [f"{key} was {before}, is now {now}" for key, before, now in differing]
+    return [*lines, *(f"{key} was {before}, is now {now}" for key, before, now in differing)]
+
+
+def step_after(content: dict[str, Any], global_batch: int, steps_per_epoch: int) -> int:
+    """The step to carry on at: the one that was next, or with another global batch the one at its place in the epoch.
+
+    Images that a step would have only in part are seen again.
+    """
+    if content["global_batch"] == global_batch:
+        return content["step"]
+    epoch, steps_into_epoch = divmod(content["step"], content["images"] // content["global_batch"])
+    return epoch * steps_per_epoch + min(steps_into_epoch * content["global_batch"] // global_batch, steps_per_epoch)

@@ -7,26 +7,33 @@ from pathlib import Path
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from config import output_dir
-from data import Loaders, build_loaders, build_mixing
+from data import Loaders, build_loaders, build_mixing, fingerprint
+from data.loading import TrainLoader, naming_dead_workers
+from engine.checkpoints import Checkpoints
+from engine.ema import Ema
 from engine.evaluate import check_classes, evaluate
+from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import compile_in_place, giga_macs, prepare_model, share_gradients
 from engine.precision import Precision, choose_precision
-from engine.state import Checkpoints, TrainState, check_resumable
+from engine.skipping import SkippedSteps, write_bad_batch
+from engine.state import TrainState, check_resumable, step_after
+from engine.stopping import StopRequest
 from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
 from utils.distributed import AgreedError, agreement, from_main, is_main, rank, sum_over_ranks, world_size
+from utils.errors import UserError
 from utils.logger import RunLog
-from utils.meters import DeviceMeters, Stopwatch, peak_memory_bytes
+from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
 from utils.randomness import seed_everything
+from utils.watchdog import Watchdog
 
 
 def train(config, device: torch.device) -> None:
@@ -40,7 +47,10 @@ def train(config, device: torch.device) -> None:
         mix = build_mixing(config, len(loaders.classes))
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
         schedule = build_scheduler(config, steps_per_epoch, global_batch)
-        checkpoints = Checkpoints(output_dir(config) / "checkpoints")
+        checkpoints = Checkpoints(
+            output_dir(config) / "checkpoints", config.TRAIN.KEEP_LAST, config.TRAIN.SAVE_EVERY_MINUTES
+        )
+    check_same_data(loaders.train.dataset.index)
     started_from = start_or_resume(config, state, checkpoints, loaders)
     with agreement():
         total_steps = config.TRAIN.EPOCHS * steps_per_epoch
@@ -53,9 +63,21 @@ def train(config, device: torch.device) -> None:
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
+        checkpoints.on_problem = log.message
         compile_in_place(config, model)
-        take_steps(config, state, loaders, schedule, mix, precision, checkpoints, log)
-        log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
+        with naming_dead_workers(), naming_out_of_memory():
+            parts = parts_of_a_batch(config, state.model, precision)
+            if parts > 1:
+                log.message(
+                    f"micro-batches of {config.DATA.BATCH_SIZE} are computed in {parts} parts, for want of memory"
+                )
+            with StopRequest() as stop, Watchdog(config.TRAIN.HANG_MINUTES) as watchdog:
+                take_steps(config, state, loaders, schedule, mix, precision, parts, checkpoints, stop, watchdog, log)
+                checkpoints.finish()
+        if state.step < total_steps:
+            log.message(f"stopped by {stop.name} after step {state.step:,}; the same command carries on from there")
+        else:
+            log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
 
 
 def take_steps(
@@ -65,10 +87,13 @@ def take_steps(
     schedule: Schedule,
     mix: Callable | None,
     precision: Precision,
+    parts: int,
     checkpoints: Checkpoints,
+    stop: StopRequest,
+    watchdog: Watchdog,
     log: RunLog,
 ) -> None:
-    """The training loop, from ``state.step`` to the end."""
+    """The training loop, from ``state.step`` to the end, or until somebody asks it to stop."""
     loader, device = loaders.train, precision.device
     steps_per_epoch, total_steps = loader.steps_per_epoch, config.TRAIN.EPOCHS * loader.steps_per_epoch
     accumulation, save_every = config.TRAIN.ACCUMULATION_STEPS, config.TRAIN.SAVE_EVERY_STEPS
@@ -76,7 +101,7 @@ def take_steps(
     model = share_gradients(state.model, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     max_norm = config.TRAIN.CLIP_GRAD or float("inf")
-    meters, stopwatch = DeviceMeters(), Stopwatch()
+    meters, spikes, stopwatch, skipped = DeviceMeters(), SpikeDetector(), Stopwatch(), SkippedSteps(device)
 
     def evaluation_due(step: int) -> bool:
         epoch, steps_into_epoch = divmod(step, steps_per_epoch)
@@ -85,17 +110,20 @@ def take_steps(
     def save() -> None:
         if is_main():
             facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
-            epoch = state.step // steps_per_epoch
-            checkpoints.save_last({**state.content(), **facts, "epoch": epoch, "config": config.dump()})
+            epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
+            keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
+            keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
+            checkpoints.save_last({**state.content(), **facts, "epoch": epoch, "config": config.dump()}, keep)
 
     def evaluate_and_save() -> None:
         evaluate_and_keep_best(state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
         save()
+        watchdog.beat(state.step)
 
     if evaluation_due(state.step) and state.evaluated_step < state.step:
         evaluate_and_save()  # an earlier run stopped between a save and its evaluation
     model.train()
-    batches = timed(loader.micro_batches(state.step, total_steps), stopwatch)
+    batches = timed(loader.micro_batches(state.step, total_steps), stopwatch, watchdog)
     for step in range(state.step, total_steps):
         learning_rate = schedule(step)
         set_learning_rate(state.optimizer, learning_rate)
@@ -105,34 +133,75 @@ def take_steps(
             seed_everything(device, config.SEED, "step", step, micro_step, rank())  # nothing random is ever stored
             if mix is not None:
                 images, targets = mix(images, targets)
-            with sync_gradients(model, on=micro_step == accumulation - 1):
-                with precision.autocast():
-                    loss = criterion(model(images), targets) / accumulation
-                state.scaler.scale(loss).backward()
-            step_loss += loss.detach()
-        grad_norm = update_weights(state.optimizer, state.scaler, parameters, max_norm)
+            for part, (x, y) in enumerate(zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True), 1):
+                share = len(x) / len(images) / accumulation
+                with sync_gradients(model, on=micro_step == accumulation - 1 and part == parts):
+                    with precision.autocast():
+                        loss = criterion(model(x), y) * share
+                    state.scaler.scale(loss).backward()
+                step_loss += loss.detach()
+        grad_norm, finite = update_weights(state.optimizer, state.scaler, parameters, max_norm)
         if state.ema:
-            state.ema.update(state.model, step=step + 1)
+            state.ema.update(state.model, step + 1, finite)
         state.step = step + 1
-        meters.add(loss=step_loss, grad_norm=grad_norm)  # stays on the device
+        skipped.add(finite)  # these two stay on the device
+        meters.add(finite, loss=step_loss, grad_norm=grad_norm)
         stopwatch.images(loader.global_batch)
         log.advance(state.step)
+        watchdog.beat(state.step)
 
         end_of_epoch = state.step % steps_per_epoch == 0
         log_due = end_of_epoch or state.step % config.PRINT_FREQ == 0
-        save_due = end_of_epoch or (save_every and state.step % save_every == 0)
+        save_due = end_of_epoch or (save_every and state.step % save_every == 0) or checkpoints.due()
         if log_due:  # only here and before a save is the device waited for
             values = {"epoch": step // steps_per_epoch + 1, "lr": learning_rate, **meters.read(), **stopwatch.read()}
             values["memory_bytes"] = peak_memory_bytes(device)
             values["skipped_images"] = int(sum_over_ranks(torch.tensor(loader.skipped)))
+            values["skipped_steps"] = skipped.total()
             log.train(state.step, values)
-        if log_due or save_due:
-            stop_if_not_finite(state, checkpoints)
+            if spikes.is_spike(values["loss"]):
+                log.message(f"warning: the loss has jumped to {values['loss']:.4f} at step {state.step:,}")
+            if skipped.longest() >= config.TRAIN.MAX_SKIPPED_STEPS:
+                stop_for_good(config, state, loader, step_loss, checkpoints)
         if save_due:
             save()
         if evaluation_due(state.step):
             evaluate_and_save()
             stopwatch.restart()
+        if stop.agreed():
+            save()
+            return
+
+
+def parts_of_a_batch(config, model: nn.Module, precision: Precision) -> int:
+    """Into how many parts TRAIN.AUTO_MICRO_BATCH cuts a micro-batch, tried out on an empty one."""
+    if not config.TRAIN.AUTO_MICRO_BATCH:
+        return 1
+    criterion, size = build_criterion(config, soft_targets=False), config.DATA.IMG_SIZE
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # BatchNorm must not take note of it
+
+    def train_on(count: int) -> None:
+        images = torch.zeros(count, 3, size, size, device=precision.device)
+        targets = torch.zeros(count, dtype=torch.long, device=precision.device)
+        try:
+            with precision.autocast():
+                loss = criterion(model(images.contiguous(memory_format=torch.channels_last)), targets)
+            loss.backward()
+        finally:
+            model.zero_grad()
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    return parts_that_fit(train_on, config.DATA.BATCH_SIZE)
+
+
+def check_same_data(images) -> None:
+    """Every rank must have the same images, or they would share one order of different things. A collective."""
+    mine = fingerprint(images)
+    first = from_main(mine)
+    with agreement():
+        if mine != first:
+            raise UserError(f"rank {rank()} has other data than rank 0: {mine} there, {first} here; copy it anew")
 
 
 def build_criterion(config, soft_targets: bool) -> nn.Module:
@@ -142,11 +211,11 @@ def build_criterion(config, soft_targets: bool) -> nn.Module:
     return LabelSmoothingCrossEntropy(config.MODEL.LABEL_SMOOTHING)
 
 
-def build_ema(config, model: nn.Module) -> ModelEmaV3 | None:
+def build_ema(config, model: nn.Module) -> Ema | None:
     """The moving average of the weights, its decay a function of the step."""
     if not config.TRAIN.EMA_DECAY:
         return None
-    return ModelEmaV3(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
+    return Ema(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
 
 
 def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders: Loaders) -> list[str]:
@@ -179,10 +248,16 @@ def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders
 def resume(config, state: TrainState, path: Path, loaders: Loaders) -> list[str]:
     """Be where the run that saved ``path`` was; returns lines that say so."""
     content = checkpoint.read(path)
-    changed = check_resumable(content, path, config, loaders.train.global_batch, len(loaders.train.dataset))
+    changed = check_resumable(content, path, config, len(loaders.train.dataset))
     check_classes(content, loaders.classes, str(path))
     state.restore(content, path)
-    return [f"carrying on from {path} after step {state.step:,}", *changed]
+    before, now = content["global_batch"], loaders.train.global_batch
+    state.step = step_after(content, now, loaders.train.steps_per_epoch)
+    lines = [f"carrying on from {path} after step {state.step:,}", *changed]
+    if before != now:
+        state.evaluated_step = min(state.evaluated_step, state.step)
+        lines.append(f"the global batch was {before}, is now {now}: step {content['step']:,} is now {state.step:,}")
+    return lines
 
 
 def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str:
@@ -207,7 +282,9 @@ def describe(config, model: nn.Module, gmac: float, precision: Precision, loader
     return (
         f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {gmac:.3g} GMAC at {config.DATA.IMG_SIZE}  "
         f"{precision.name}  {world_size()} x {name}  global batch {loaders.train.global_batch:,}  "
-        f"{images:,} images of {classes:,} classes  run {output_dir(config)}"
+        f"{images:,} images of {classes:,} classes  "
+        f"augmented {'on the GPU' if loaders.augments_on_device else 'by the loader processes'}  "
+        f"run {output_dir(config)}"
     )
 
 
@@ -222,11 +299,13 @@ def sync_gradients(model: nn.Module, on: bool):
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else nullcontext()
 
 
-def timed(batches: Iterator, stopwatch: Stopwatch) -> Iterator:
-    """The same batches; the time spent waiting for each goes to the stopwatch."""
+def timed(batches: Iterator, stopwatch: Stopwatch, watchdog: Watchdog) -> Iterator:
+    """The same batches; the time spent waiting for each goes to the stopwatch, and the watchdog knows of it."""
     while True:
         start = time.perf_counter()
+        watchdog.activity = "loading data"
         batch = next(batches, None)
+        watchdog.activity = "computing"
         if batch is None:
             return
         stopwatch.waited(time.perf_counter() - start)
@@ -235,24 +314,36 @@ def timed(batches: Iterator, stopwatch: Stopwatch) -> Iterator:
 
 def update_weights(
     optimizer: Optimizer, scaler: torch.amp.GradScaler, parameters: list[nn.Parameter], max_norm: float
-) -> torch.Tensor:
-    """Clip the gradients, step (unless fp16 has overflowed) and clear them; returns their norm before clipping."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip the gradients, step unless one of them is not finite, and clear them.
+
+    Returns:
+        their norm before clipping, and 1 or 0: whether it was finite. Both on the device, which is not waited for.
+    """
     scaler.unscale_(optimizer)
     grad_norm = clip_grad_norm_(parameters, max_norm)
-    scaler.step(optimizer)
+    finite = torch.isfinite(grad_norm)
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None  # fused kernels skip by themselves
+        scaler.step(optimizer)
+    elif finite:  # apex's optimizers need the host to decide
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return grad_norm
+    return grad_norm, finite.float()
 
 
-def stop_if_not_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    """End a run whose weights are lost, before they reach a checkpoint. All ranks have the same weights."""
-    if not state.weights_are_finite():
-        saved = f"; {checkpoints.last} is from before" if checkpoints.last.exists() else ""
-        raise AgreedError(
-            f"the weights are not finite after step {state.step}: lower TRAIN.BASE_LR, warm up longer, "
-            f"or try AMP none{saved}"
-        )
+def stop_for_good(config, state: TrainState, loader: TrainLoader, loss: torch.Tensor, checkpoints: Checkpoints) -> None:
+    """End a run whose gradients stay infinite. All ranks have the same gradients, so all of them come here."""
+    path = output_dir(config) / "bad_batch.json"
+    if is_main():
+        write_bad_batch(path, state.step, loader)
+        checkpoints.finish()
+    raise AgreedError(
+        f"{config.TRAIN.MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite, the last of them step "
+        f"{state.step:,} (loss {loss.item():.4g}); {path} lists its images. The weights are those from before: lower "
+        f"TRAIN.BASE_LR, warm up longer, or try AMP none, and carry on from {checkpoints.last}"
+    )
 
 
 def evaluate_and_keep_best(

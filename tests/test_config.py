@@ -67,9 +67,9 @@ def test_later_sources_win(tmp_path):
 def test_a_flag_that_is_not_given_changes_nothing(tmp_path):
     """Fault 1: every setting that has a flag is set by the file to something else than its default."""
     given = {
-        "DATA": {"BATCH_SIZE": 6, "DATA_PATH": "here"},
+        "DATA": {"BATCH_SIZE": 6, "DATA_PATH": "here", "FORMAT": "tar", "CACHE_MODE": "part"},
         "MODEL": {"RESUME": "a.pth"},
-        "TRAIN": {"ACCUMULATION_STEPS": 3, "USE_CHECKPOINT": True, "OPTIMIZER": {"NAME": "sgd"}},
+        "TRAIN": {"ACCUMULATION_STEPS": 3, "USE_CHECKPOINT": True, "FORCE_RESUME": True, "OPTIMIZER": {"NAME": "sgd"}},
         "AMP": "fp16", "SEED": 5, "OUTPUT": "out", "TAG": "mine",
     }  # fmt: skip
     import yaml

@@ -6,8 +6,11 @@ import torch
 from conftest import TINY_RUN
 
 from config import build_config
-from data.dataset import decode
-from data.index import FolderIndex, class_names
+from data.decoding import decode
+from data.folder import FolderLayout
+from data.index import open_index
+from data.on_device import DeviceStage
+from data.policy import Plan
 from data.transforms import build_eval_transform
 
 
@@ -25,10 +28,13 @@ def weights(tmp_path):
 def exact_accuracy(weights, digits) -> tuple[float, float]:
     """Top-1 and top-5 in percent, image by image."""
     model = timm.create_model("crossformer_micro", num_classes=10, checkpoint_path=str(weights)).eval()
-    index = FolderIndex(digits / "val", class_names(digits / "val"))
-    transform = build_eval_transform(build_config("configs/micro.yaml"))
+    index = open_index(FolderLayout(digits, "val"), "")
+    config = build_config("configs/micro.yaml")
+    transform, stage = build_eval_transform(config), DeviceStage(torch.device("cpu"), config.DATA.MEAN, config.DATA.STD)
     with torch.inference_mode():
-        logits = torch.cat([model(transform(decode(index.path(i)))[None]) for i in range(len(index))])
+        logits = torch.cat(
+            [model(stage(transform(decode(index.read(i)))[0][None], [Plan()])) for i in range(len(index))]
+        )
     ranked = logits.argsort(descending=True) == torch.from_numpy(index.labels).long()[:, None]
     return 100 * ranked[:, 0].sum().item() / len(index), 100 * ranked[:, :5].sum().item() / len(index)
 

@@ -8,9 +8,15 @@ import timm
 import torch
 from conftest import TINY_RUN
 from test_crossformer import fill, images
+from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS
 
 from config import build_config
+from data import build_loaders
+from data.build import build_train_stage
+from data.policy import Plan
+from data.transforms import build_train_transform
 from engine.train import train
+from utils.randomness import seed_cpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -73,3 +79,60 @@ def test_no_step_waits_for_the_device(digits, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing" in str(w.message) for w in caught))
     assert counts[0] == counts[1]
+
+
+def pictures_and_plans(count: int, size: int) -> tuple[torch.Tensor, list[Plan]]:
+    seed_cpu(0)
+    transform = build_train_transform(build_config(opts=["DATA.IMG_SIZE", str(size)]), on_device=True)
+    coarse = torch.rand(count, 3, 8, 8).mul(255)
+    pictures = torch.nn.functional.interpolate(coarse, size, mode="bilinear").to(torch.uint8)
+    return pictures.contiguous(memory_format=torch.channels_last), [transform.draw_plan() for _ in range(count)]
+
+
+def test_augmentation_is_the_same_as_on_the_cpu():
+    config = build_config(opts=["DATA.IMG_SIZE", "96"])
+    pictures, plans = pictures_and_plans(200, 96)
+    assert {operation.name for plan in plans for operation in plan.operations} == set(_RAND_INCREASING_TRANSFORMS)
+    cpu, gpu = (build_train_stage(config, torch.device(name, 0))(pictures, plans).cpu() for name in ("cpu", "cuda"))
+    assert gpu.is_contiguous(memory_format=torch.channels_last)
+    level = 1 / (255 * min(config.DATA.STD))
+    difference = (cpu - gpu).abs()
+    assert (difference > 1.1 * level).float().mean() < 1e-3
+    assert (difference > 1e-4).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_batches_that_are_copied_ahead_are_the_right_ones(digits, where):
+    opts = f"DATA.DATA_PATH {digits} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 8 DATA.NUM_WORKERS 2 AUG.DEVICE {where}"
+    config, gpu = build_config(opts=opts.split()), torch.device("cuda", 0)
+    loaders = build_loaders(config, gpu)
+    assert loaders.augments_on_device == (where == "cuda")
+    loader = loaders.train
+    expected = [loader.dataset[key] for batch in first_batches(loader, 12) for key in batch]
+    stage = build_train_stage(config, torch.device("cpu"))
+    got = []
+    for batch, targets in loader.micro_batches(0, 12):
+        torch.cuda._sleep(10**6)  # the next batch is prepared while this one is in use
+        got += zip(batch.cpu(), targets.tolist(), strict=True)
+    assert len(got) == len(expected) == 96
+    for (image, target), sample in zip(got, expected, strict=True):
+        assert target == sample.target
+        assert torch.allclose(image, stage(sample.image[None], [sample.plan])[0], atol=0.02)
+
+
+def first_batches(loader, count: int) -> list:
+    loader.batches.first_step, loader.batches.last_step = 0, count
+    return list(loader.batches)
+
+
+def test_preparing_a_batch_does_not_wait_for_the_gpu():
+    config = build_config(opts=["DATA.IMG_SIZE", "96"])
+    stage = build_train_stage(config, torch.device("cuda", 0))
+    pictures, plans = pictures_and_plans(64, 96)
+    pictures = pictures.pin_memory()
+    stage(pictures, plans)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stage(pictures, plans)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -4,6 +4,7 @@ One mistake of each kind goes through the real command line; the many variations
 """
 
 import os
+import re
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_bad_data_folders(error_of, tmp_path, digits):
         return error_of(*TINY_RUN, "--data-path", tmp_path / "data", *arguments)
 
     (tmp_path / "data").mkdir()
-    assert "has no folder 'train'; expected DATA_PATH/train/CLASS/*.jpg" in error()
+    assert "has no folder 'train'; expected train/CLASS/*.jpg, train.zip with train_map.txt, ILSVRC2012" in error()
     write_digits(tmp_path / "data" / "train", 40)
     assert "has no folder 'val'" in error()
     (tmp_path / "data" / "validation").mkdir()
@@ -86,10 +87,10 @@ def test_bad_data_folders(error_of, tmp_path, digits):
     (tmp_path / "data" / "train" / "empty").mkdir()
     assert f"class folder {tmp_path / 'data' / 'train' / 'empty'} holds no image" in error()
     (tmp_path / "data" / "train" / "empty").rmdir()
-    (tmp_path / "data" / "validation" / "unknown").mkdir()
-    assert "unknown is not one of the 10 class folders of the training data" in error()
-    (tmp_path / "data" / "validation" / "unknown").rmdir()
-    assert "40 images, fewer than one step takes" in error("--batch-size", "64")
+    unknown = (tmp_path / "data" / "validation" / "0").rename(tmp_path / "data" / "validation" / "unknown")
+    assert re.search("class 'unknown' of .*unknown/0000.png is not one of the 10 classes of the training", error())
+    unknown.rename(tmp_path / "data" / "validation" / "0")
+    assert "40 training images, fewer than one step takes" in error("--batch-size", "64")
     assert "MODEL.NUM_CLASSES 7, but" in error("--opts", "MODEL.NUM_CLASSES", "7")
     assert "DATA.BATCH_SIZE 5 is odd" in error("--batch-size", "5", "--opts", "AUG.MIXUP", "0.8")
     assert "AUG.AUTO_AUGMENT wrong is not one that timm knows" in error("--opts", "AUG.AUTO_AUGMENT", "wrong")

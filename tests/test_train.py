@@ -116,7 +116,7 @@ def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     )  # fmt: skip
     whole = run_main(*flags, "--tag", "whole", tag="whole")
 
-    stop_at("step 8/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
+    stop_at("step 9/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
     stopped_at = torch.load(whole.results.parent / "run" / "checkpoints" / "last.pth", weights_only=True)["step"]
     assert 6 < stopped_at < 12
     resumed = run_main(*flags)
@@ -177,11 +177,15 @@ def test_learning_rates_of_the_steps(run_main, digits):
     assert rates[3] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-6)  # half of the cosine is over
 
 
-def test_another_batch_size_cannot_carry_on_and_says_so(run_main, digits):
-    run_main(*TINY_RUN, "--data-path", digits, "--batch-size", "12")
-    result = run_main(*TINY_RUN, "--data-path", digits, "--batch-size", "8", ok=False)
-    assert result.status == 2
-    assert "was trained with a global batch of 12, this run has 8" in result.error
+def test_another_batch_size_carries_on_at_the_same_image(run_main, digits):
+    """72 images: after 8 steps of 12 it is 24 images into the second epoch, which are 3 of its 9 steps of 8."""
+    saving = ("TRAIN.SAVE_EVERY_STEPS", "8", "TRAIN.KEEP_LAST", "9")
+    first = run_main(*TINY_RUN, *saving, "--data-path", digits, "--batch-size", "12")
+    saves = {torch.load(path, weights_only=True)["step"]: path for path in first.results.rglob("[lp]*.pth")}
+    flags = ("--data-path", digits, "--batch-size", "8", "--tag", "other", "--resume", saves[8])
+    resumed = run_main(*TINY_RUN, *flags, tag="other")
+    assert "the global batch was 12, is now 8: step 8 is now 12" in resumed.stdout
+    assert [event["step"] for event in resumed.events("train")] == list(range(13, 19))
 
 
 def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
@@ -301,20 +305,20 @@ def test_weights_that_are_not_finite_end_the_run(run_main, digits):
         "0",
         "TRAIN.CLIP_GRAD",
         "0",
+        "TRAIN.MAX_SKIPPED_STEPS",
+        "5",
     )
     result = run_main(*TINY_RUN, *flags, "--data-path", digits, "--batch-size", "8", ok=False)
     assert result.status == 2
-    assert "the weights are not finite after step" in result.error
+    assert "5 steps in a row had gradients that are not finite" in result.error
     assert "lower TRAIN.BASE_LR" in result.error
-    assert not list(result.results.glob("checkpoints/*"))  # what is lost reaches no checkpoint
+    assert all(torch.isfinite(value).all() for value in result.checkpoint()["model"].values())
 
 
-def test_ctrl_c_says_how_to_carry_on(digits, tmp_path):
+def test_ctrl_c_with_loader_processes(digits, tmp_path):
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2", "--data-path", digits, "--batch-size", "8")
     status, stderr = stop_at("step 12/", signal.SIGINT, *flags, "--output", tmp_path)
-    assert status == 130
-    assert "the same command carries on from the last save" in stderr
-    assert "Traceback" not in stderr
+    assert (status, stderr) == (0, "")
 
 
 class CountSynchronisations(TorchDispatchMode):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from yacs.config import CfgNode
 
-from engine.state import Checkpoints
+from engine.checkpoints import Checkpoints
 from utils import checkpoint
 from utils.errors import UserError
 from utils.logger import forget_after
@@ -62,20 +62,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     assert checkpoints.newest() == (None, [])
     for step in (1, 2, 3):
         checkpoints.save_last({"step": step, "x": torch.arange(1000)})
+    checkpoints.finish()
     assert checkpoints.newest() == (checkpoints.last, [])
     whole = checkpoints.last.read_bytes()
     cut_short = [whole[:length] for length in (0, 1, len(whole) // 2, len(whole) - 1)]
     for content in (*cut_short, b"cut off", b"\x80\x02cut\noff\n."):
         checkpoints.last.write_bytes(content)
         path, damaged = checkpoints.newest()
-        assert (path, len(damaged)) == (checkpoints.previous, 1)
+        assert (path, len(damaged)) == (checkpoints.latest[1], 1)
         assert checkpoint.read(path)["step"] == 2
         assert not checkpoints.last.exists()  # also as after a kill between the two renames
         assert (tmp_path / "last.pth.corrupt").read_bytes() == content
     checkpoints.save_last({"step": 4})
-    assert checkpoint.read(checkpoints.previous)["step"] == 2  # a damaged file did not take its place
+    checkpoints.finish()
+    assert checkpoint.read(checkpoints.latest[1])["step"] == 2  # a damaged file did not take its place
     checkpoints.last.write_bytes(b"")
-    checkpoints.previous.write_bytes(b"")
+    checkpoints.latest[1].write_bytes(b"")
     with pytest.raises(UserError, match="last.pth is damaged.*previous.pth is damaged.*starts anew"):
         checkpoints.newest()
 
@@ -84,6 +86,7 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypa
     """Out of memory or a network drive's hiccup must not push a whole checkpoint aside."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save_last({"step": 1})
+    checkpoints.finish()
     for error in (MemoryError(), OSError(5, "Input/output error")):
         monkeypatch.setattr(torch, "load", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         with pytest.raises(UserError, match="last.pth cannot be read"):
@@ -147,9 +150,10 @@ def test_safetensors_are_read(tmp_path):
 def test_meters_average_over_steps_and_start_afresh():
     meters = DeviceMeters()
     for value in (1.0, 2.0, 6.0):
-        meters.add(loss=torch.tensor(value), grad_norm=torch.tensor(2 * value))
+        meters.add(torch.tensor(1.0), loss=torch.tensor(value), grad_norm=torch.tensor(2 * value))
+    meters.add(torch.tensor(0.0), loss=torch.tensor(float("nan")), grad_norm=torch.tensor(float("inf")))  # was skipped
     assert meters.read() == {"grad_norm": 6.0, "loss": 3.0}
-    meters.add(loss=torch.tensor(5.0))
+    meters.add(torch.tensor(1.0), loss=torch.tensor(5.0))
     assert meters.read() == {"loss": 5.0}
 
 

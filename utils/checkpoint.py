@@ -1,12 +1,15 @@
 """Files that hold tensors: written atomically, read without running anything they carry."""
 
 import errno
+import hashlib
 import os
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -17,32 +20,95 @@ MAGIC = (b"PK\x03\x04", b"\x80\x02")
 """How files of torch.save begin: a zip archive, or before torch 1.6 a pickle."""
 
 
-def save_atomically(content: dict[str, Any], path: Path, keep: Path | None = None) -> None:
-    """Write ``content`` so that ``path`` holds either what it held before or all of the new content.
+SEAL = b"crossformer-trainer sha256 "
+"""Begins the comment that ends our zip files; the digest of all bytes before the comment follows."""
+SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
+CHUNK = 2**22
 
-    With ``keep``, what it held before moves there once the new content is safely on disk.
+
+class _Hashing:
+    """A file that is written from its beginning to its end, and the digest of that.
+
+    ``error`` is the first one; what torch's writer then raises does not tell of it.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_atomically(content: dict[str, Any], path: Path, keep: Sequence[Path] = ()) -> None:
+    """Write ``content``, sealed with a checksum, so that ``path`` holds either what it held before or all of it.
+
+    Once it is safely on disk, what ``path`` held before moves to the first of ``keep``, what that held to the next.
 
     Raises:
-        UserError: the disk is full, say.
+        UserError: the disk is full, say. What ``path`` held before is still there.
     """
     temporary = path.with_name(f".{path.name}.writing")
+    hashing = None
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            hashing = _Hashing(file)
+            torch.save(content, hashing)
+            _seal(file, hashing.digest.digest())
             file.flush()
             os.fsync(file.fileno())
+        for older, newer in zip(keep[::-1], [*keep[-2::-1], path], strict=True) if keep else ():
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = (hashing and hashing.error) or error
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
         raise UserError(f"{path} cannot be written: {reason}; the file before it is whole; free some space") from error
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _seal(file: BinaryIO, digest: bytes) -> None:
+    """Add the digest as the zip archive's comment, which every reader of zip files skips."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, so far 0, ends the archive
+    file.write(SEAL_SIZE.to_bytes(2, "little") + SEAL + digest)
+
+
+def is_sealed(path: str | Path) -> bool:
+    """Whether a file ends with a checksum, and the checksum is that of the file. False for files of others."""
+    digest, size = hashlib.sha256(), os.path.getsize(path) - SEAL_SIZE
+    if size < 2:
+        return False
+    with open(path, "rb") as file:
+        left = size - 2
+        while left:
+            data = file.read(min(CHUNK, left))
+            if not data:
+                return False
+            digest.update(data)
+            left -= len(data)
+        digest.update(bytes(2))  # what the length of the comment was when the digest was made
+        return file.read() == SEAL_SIZE.to_bytes(2, "little") + SEAL + digest.digest()
+
+
+def sync_folder(folder: Path) -> None:
+    """New names of files must survive a power cut too."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name itself must survive a power cut
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 class DamagedFile(UserError):
@@ -53,8 +119,8 @@ class RefusedFile(UserError):
     """A file asks for code to be run when it is opened."""
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU.
+def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint file, on the CPU; one that must be ``sealed`` only when its checksum is right.
 
     Nothing in the file is executed: besides tensors and plain containers only yacs' ``CfgNode``, which published
     checkpoints carry, is allowed, and read as the dict that it is.
@@ -72,6 +138,8 @@ def read(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             if not file.read(4).startswith(MAGIC):
                 raise DamagedFile(f"{path} is damaged or not a checkpoint: it does not begin like one")
+        if sealed and not is_sealed(path):
+            raise DamagedFile(f"{path} is damaged: its checksum is wrong or missing")
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

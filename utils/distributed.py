@@ -59,6 +59,14 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def largest_over_ranks(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    tensor = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -1,5 +1,6 @@
 """Errors that the user can mend."""
 
+import argparse
 import difflib
 from collections.abc import Iterable
 
@@ -9,6 +10,13 @@ class UserError(Exception):
 
     The message names the thing and the remedy.
     """
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UserError`; ``prog`` is the program's path."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see python {self.prog} --help)")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,10 @@ class RunLog:
 
     def bad_image(self, line: str) -> None:
         """An image was skipped; every rank notes it in ``skipped_images.txt``, rank 0 says it too."""
-        with open(self.folder / "skipped_images.txt", "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with suppress(OSError):  # training goes on; hosts that share no OUTPUT have no folder there yet
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "skipped_images.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{line}\n")
         if is_main():
             self._say(f"skipped image {line}")
 
@@ -104,6 +107,7 @@ class RunLog:
             self._tensorboard.add_scalar(f"train/{name}", values[name], step)
         left = (time.perf_counter() - self._start) / (step - self.first_step) * (self.total_steps - step)
         skipped = f"  {values['skipped_images']:,} images skipped" if values["skipped_images"] else ""
+        skipped += f"  {values['skipped_steps']:,} steps skipped" if values["skipped_steps"] else ""
         facts = (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
             f"{values['images_per_second']:,.0f} images/s  data wait {100 * values['data_wait']:.1f} %  "

@@ -1,12 +1,18 @@
 """Averages that stay on the device until somebody reads them."""
 
+import math
 import resource
+import statistics
 import sys
 import time
+from collections import deque
 
 import torch
 
-from utils.distributed import sum_over_ranks, world_size
+from utils.distributed import sum_over_ranks
+
+SPIKE_MEMORY = 50
+SPIKE_DEVIATIONS = 6
 
 
 class DeviceMeters:
@@ -14,23 +20,36 @@ class DeviceMeters:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
 
     @torch.no_grad()
-    def add(self, **values: torch.Tensor) -> None:
-        """Take one step's values (0-d tensors)."""
-        for name, value in values.items():
-            value = value.detach().float()
+    def add(self, counts: torch.Tensor, **values: torch.Tensor) -> None:
+        """Take one step's values (0-d tensors), if ``counts`` (0-d, 1 or 0) is 1."""
+        for name, value in {**values, "": torch.ones_like(counts)}.items():
+            value = torch.where(counts > 0, value.detach().float(), 0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
 
     def read(self) -> dict[str, float]:
         """Mean of each value since the last read, over all ranks. A collective: every rank must call it."""
         names = sorted(self._sums)
-        total = sum_over_ranks(torch.stack([self._sums[name] for name in names]))
-        means = (total / (self._count * world_size())).tolist()
-        self._sums, self._count = {}, 0
-        return dict(zip(names, means, strict=True))
+        sums = dict(zip(names, sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist(), strict=True))
+        count = sums.pop("")
+        self._sums = {}
+        return {name: value / count if count else float("nan") for name, value in sums.items()}
+
+
+class SpikeDetector:
+    """Tells a loss that is far above those before it."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=SPIKE_MEMORY)
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether ``loss`` lies more than SPIKE_DEVIATIONS above the last ones."""
+        known = [value for value in self._losses if math.isfinite(value)]
+        self._losses.append(loss)
+        if len(known) < SPIKE_MEMORY // 2:
+            return False
+        return loss > statistics.mean(known) + SPIKE_DEVIATIONS * max(statistics.stdev(known), 1e-3)
 
 
 class Stopwatch:

@@ -1,0 +1,23 @@
+"""The moving average of the weights."""
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+
+class Ema(ModelEmaV3):
+    """timm's moving average, which a step that was skipped leaves as it is, without the host knowing of the skip."""
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:
+        """Move towards ``model`` after ``step`` steps, if ``finite`` (0-d, 1 or 0) is 1."""
+        averages, values = [], []
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+            else:
+                average.copy_(value)
+        difference = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(difference, (1 - self.get_decay(step)) * finite)
+        torch._foreach_add_(averages, difference)

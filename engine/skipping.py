@@ -1,0 +1,38 @@
+"""Steps that were skipped because a gradient was not finite."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.loading import TrainLoader
+
+
+class SkippedSteps:
+    """Counts them on the device. ``add`` never waits for it; the others do."""
+
+    def __init__(self, device: torch.device):
+        self._total, self._in_a_row, self._longest = (torch.zeros((), device=device) for _ in range(3))
+
+    @torch.no_grad()
+    def add(self, finite: Tensor) -> None:
+        """Take one step: ``finite`` (0-d) is 1, or 0 for one that was skipped."""
+        self._in_a_row = (self._in_a_row + 1) * (1 - finite)
+        self._total = self._total + (1 - finite)
+        self._longest = torch.maximum(self._longest, self._in_a_row)
+
+    def total(self) -> int:
+        """How many so far."""
+        return int(self._total)
+
+    def longest(self) -> int:
+        """The most in a row."""
+        return int(self._longest)
+
+
+def write_bad_batch(path: Path, step: int, loader: TrainLoader) -> None:
+    """The files that made up the last of ``step`` steps, over all ranks, as JSON."""
+    keys = loader.batches.global_batch_of(step - 1)
+    images = [{"epoch": epoch + 1, "image": loader.dataset.index.name(i)} for epoch, i in keys]
+    path.write_text(json.dumps({"step": step, "images": images}, indent=1) + "\n", encoding="utf-8")

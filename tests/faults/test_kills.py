@@ -1,0 +1,293 @@
+"""Runs that are killed, stopped, or cannot write: nothing is lost, and the weights are those of an undisturbed run."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, assert_same_tensors
+
+RANDOM = (
+    "MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.25",
+    "TRAIN.EMA_DECAY", "0.9", "TRAIN.SAVE_EVERY_STEPS", "1",
+)  # fmt: skip
+"""Everything random is on, and each step is saved."""
+
+
+class Run:
+    """``main.py`` (or torchrun around it) in a session of its own, its output in a file."""
+
+    def __init__(self, tmp_path: Path, *arguments, launcher: tuple = (), **limits):
+        self.output = tmp_path / f"stdout-{time.monotonic_ns()}"
+        self.mark = f"TEST_RUN={self.output.name}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_RUN": self.output.name}
+        with open(self.output, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher, "main.py", *map(str, arguments), "--output", str(tmp_path / "output")],
+                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **limits,
+            )  # fmt: skip
+
+    def said(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 120, times: int = 1) -> bool:
+        """Whether it says so (so many times) before it ends."""
+        deadline = time.monotonic() + seconds
+        while self.said().count(text) < times:
+            if self.process.poll() is not None:
+                return self.said().count(text) >= times
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.005)
+        return True
+
+    def processes(self) -> dict[int, list[str]]:
+        """All that belong to it (torchrun gives each rank a session of its own), with their environments."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                environment = (entry / "environ").read_text(errors="replace").split("\0")
+                if self.mark in environment:
+                    found[int(entry.name)] = environment
+        return found
+
+    def kill(self) -> None:
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def finish(self, status: int = 0, seconds: float = 240) -> str:
+        try:
+            assert self.process.wait(seconds) == status, self.said()
+        finally:
+            if self.process.poll() is None:
+                self.kill()
+        return self.said()
+
+    def pid_of_rank(self, rank: int) -> int:
+        """The process that torchrun has started as that rank."""
+        return next(pid for pid, environment in self.processes().items() if f"RANK={rank}" in environment)
+
+
+def checkpoint(tmp_path: Path, tag: str, name: str = "last") -> dict:
+    path = tmp_path / "output" / "crossformer_micro" / tag / "checkpoints" / f"{name}.pth"
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(a: dict, b: dict) -> None:
+    """Weights, moving average, optimizer, step, best score: all but the name of the run."""
+    assert_same_tensors(*({k: v for k, v in content.items() if k != "config"} for content in (a, b)))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_again_and_again(tmp_path, digits, kills):
+    """kill -9 of everything at random moments, in the middle of saving too, one after another in a single run."""
+    epochs = max(8, kills)
+    flags = (
+        *TINY_RUN, *RANDOM, "TRAIN.EPOCHS", epochs, "DATA.NUM_WORKERS", "1", "TRAIN.EVAL_EVERY_EPOCHS", "4",
+        "--data-path", digits, "--batch-size", "12",
+    )  # fmt: skip
+    Run(tmp_path, *flags, "--tag", "whole").finish()
+    rng = random.Random(kills)
+    saved = []
+    for _ in range(kills):
+        run = Run(tmp_path, *flags)
+        assert run.wait_for("epoch ", times=rng.randint(1, 6))  # each step says so
+        time.sleep(rng.uniform(0, 0.1))
+        run.kill()
+        folder = tmp_path / "output" / "crossformer_micro" / "run" / "checkpoints"
+        saved.append(max((torch.load(p, weights_only=True)["step"] for p in folder.glob("[lp]*.pth")), default=0))
+    assert saved == sorted(saved)
+    assert saved[-1] < 6 * epochs, "it was killed while it ran"
+    assert saved[-1] > 0
+    assert f"after step {saved[-1]}" in Run(tmp_path, *flags).finish()
+    assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
+    assert_same_tensors(checkpoint(tmp_path, "whole", "best"), checkpoint(tmp_path, "run", "best"))
+    print(f"{kills} kills after steps {saved} of {6 * epochs}")
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+TWO = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "12")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path, digits):
+    flags = (*TWO, "--data-path", digits, "--batch-size", "6")
+    Run(tmp_path, *flags, "--tag", "whole", launcher=TORCHRUN).finish()
+    run = Run(tmp_path, *flags, launcher=(*TORCHRUN, "--max-restarts", "2"))
+    assert run.wait_for("step 20/72")
+    os.kill(run.pid_of_rank(1), signal.SIGKILL)
+    assert "carrying on from" in run.finish()
+    assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, digits, number):
+    flags = (*TWO, "TRAIN.SAVE_EVERY_STEPS", "0", "TRAIN.EVAL_EVERY_EPOCHS", "12", "--data-path", digits)
+    flags = (*flags, "--batch-size", "6")
+    run = Run(tmp_path, *flags, launcher=TORCHRUN)
+    assert run.wait_for("step 20/72")
+    os.kill(run.pid_of_rank(1), number)
+    asked = time.monotonic()
+    said = run.finish(status=0)
+    assert time.monotonic() - asked < 10
+    step = checkpoint(tmp_path, "run")["step"]
+    assert 20 <= step < 40
+    assert f"stopped by {number.name} after step {step}; the same command carries on" in said
+    assert f"after step {step}" in Run(tmp_path, *flags, launcher=TORCHRUN).finish()
+    if number == signal.SIGTERM:
+        Run(tmp_path, *flags, "--tag", "whole", launcher=TORCHRUN).finish()
+        assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
+
+
+def test_ctrl_c_once_saves_and_twice_quits(tmp_path, digits):
+    flags = (*TINY_RUN, "TRAIN.EPOCHS", "200", "TRAIN.EVAL_EVERY_EPOCHS", "200", "--data-path", digits)
+    flags = (*flags, "--batch-size", "6")
+    interruptible = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    run = Run(tmp_path, *flags, **interruptible)
+    assert run.wait_for("step 20/")
+    os.kill(run.process.pid, signal.SIGINT)
+    said = run.finish(status=0)
+    step = checkpoint(tmp_path, "run")["step"]
+    assert f"stopped by Ctrl-C after step {step}; the same command carries on" in said
+
+    run = Run(tmp_path, *flags, **interruptible)
+    assert run.wait_for(f"step {step + 2}/")
+    os.kill(run.process.pid, signal.SIGSTOP)  # so that it cannot end in between
+    os.kill(run.process.pid, signal.SIGINT)
+    os.kill(run.process.pid, signal.SIGCONT)
+    assert "after step" in run.finish(status=0)
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, digits):
+    """Files cannot grow beyond 1 MB from step 8 on, and can again from step 20 on."""
+    flags = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "6", "TRAIN.SAVE_EVERY_STEPS", "3", "--data-path", digits)
+    flags = (*flags, "--batch-size", "12")
+    Run(tmp_path, *flags, "--tag", "whole").finish()
+    run = Run(tmp_path, *flags)
+    folder = tmp_path / "output" / "crossformer_micro" / "run" / "checkpoints"
+    unlimited = resource.RLIM_INFINITY
+    assert run.wait_for("step 8/36")
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (1_000_000, unlimited))
+    assert run.wait_for("cannot be written")
+    assert run.wait_for("step 20/36")
+    for path in folder.glob("[lp]*.pth"):
+        assert torch.load(path, weights_only=True)["step"] <= 9, "the older files are whole"
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    said = run.finish()
+    assert "last.pth cannot be written: File too large; the file before it is whole; free some space" in said
+    assert "cannot be written" in (folder.parent / "log.txt").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pth", "last.pth", "previous.pth"]
+    assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
+
+
+def test_a_disk_that_stays_full(tmp_path, digits):
+    """Training goes on to its end; that its result could not be saved is in the exit status."""
+    flags = (*TINY_RUN, "TRAIN.EPOCHS", "3", "--data-path", digits, "--batch-size", "12")
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))}
+    said = Run(tmp_path, *flags, **limit).finish(status=2)
+    assert "step 18/18" in said
+    assert said.rstrip().splitlines()[-1].startswith("error: ")
+    assert not list((tmp_path / "output").rglob("*.pth*"))
+
+
+NAN = """
+import sys
+import torch
+import engine.train as train
+from main import main
+
+kind, steps = sys.argv[1], set(map(int, sys.argv[2].split(",")))
+calls = 0
+build, update = train.build_criterion, train.update_weights
+
+def build_criterion(config, soft_targets):
+    criterion = build(config, soft_targets)
+    def bad(logits, targets):
+        global calls
+        calls += 1
+        loss = criterion(logits, targets)
+        return loss * float("nan") if calls in steps and kind == "nan" else loss
+    return bad
+
+def update_weights(optimizer, scaler, parameters, max_norm):
+    if kind == "left out" and calls in steps:
+        optimizer.zero_grad()
+        return torch.zeros(()), torch.zeros(())
+    return update(optimizer, scaler, parameters, max_norm)
+
+train.build_criterion, train.update_weights = build_criterion, update_weights
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def run_with(kind: str, steps: str, tmp_path: Path, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", NAN, kind, steps, *map(str, arguments), "--output", str(tmp_path / "output")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_bad_batch_is_as_if_it_had_not_been(tmp_path, digits, optimizer):
+    """NaN in the first step, in one in the middle and in two in a row: weights, optimizer and EMA stay clean."""
+    flags = (*TINY_RUN, *RANDOM, "TRAIN.OPTIMIZER.NAME", optimizer, "--data-path", digits, "--batch-size", "12")
+    for kind in ("nan", "left out"):
+        done = run_with(kind, "1,5,9,10", tmp_path, *flags, "--tag", kind.replace(" ", "_"))
+        assert done.returncode == 0, done.stderr
+    assert "4 steps skipped" in done.stdout
+    a, b = checkpoint(tmp_path, "nan"), checkpoint(tmp_path, "left_out")
+    assert all(torch.isfinite(value).all() for value in a["model"].values())
+    a, b = ({k: v for k, v in content.items() if k != "config"} for content in (a, b))
+    assert_same_tensors(a, b)
+
+
+def test_bad_batches_in_a_row_stop_the_run(tmp_path, digits):
+    flags = (*TINY_RUN, "TRAIN.EPOCHS", "6", "TRAIN.MAX_SKIPPED_STEPS", "5", "--data-path", digits)
+    steps = ",".join(map(str, [3, *range(8, 40)]))
+    done = run_with("nan", steps, tmp_path, *flags, "--batch-size", "12")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    results = tmp_path / "output" / "crossformer_micro" / "run"
+    assert "5 steps in a row had gradients that are not finite, the last of them step 12 (loss nan)" in line
+    assert str(results / "checkpoints" / "last.pth") in line
+    bad = json.loads((results / "bad_batch.json").read_text())
+    assert bad["step"] == 12
+    assert len(bad["images"]) == 12
+    assert all(Path(entry["image"]).exists() and entry["epoch"] == 2 for entry in bad["images"])
+    assert checkpoint(tmp_path, "run")["step"] == 6
+
+
+def test_a_rank_that_does_not_answer_is_named(tmp_path, digits):
+    """Rank 1 is stopped, as a host that hangs; rank 0 must not wait for it for ever."""
+    flags = (*TWO, "TRAIN.HANG_MINUTES", "0.1", "TRAIN.EVAL_EVERY_EPOCHS", "12", "--data-path", digits)
+    run = Run(tmp_path, *flags, "--batch-size", "6", launcher=TORCHRUN)
+    assert run.wait_for("step 20/72")
+    os.kill(run.pid_of_rank(1), signal.SIGSTOP)
+    try:
+        assert run.wait_for("error (rank 0): nothing has happened for 0.1 minutes", seconds=30)
+        assert "rank 1 gives no sign of life" in run.said()
+    finally:
+        run.kill()
+
+
+def test_a_loader_process_that_dies_is_named(tmp_path, digits):
+    flags = (*TINY_RUN, "TRAIN.EPOCHS", "400", "DATA.NUM_WORKERS", "2", "TRAIN.EVAL_EVERY_EPOCHS", "400")
+    run = Run(tmp_path, *flags, "--data-path", digits, "--batch-size", "6")
+    assert run.wait_for("step 20/")
+    worker = next(pid for pid in run.processes() if pid != run.process.pid)
+    os.kill(worker, signal.SIGKILL)
+    killed = time.monotonic()
+    said = run.finish(status=2)
+    assert time.monotonic() - killed < 10
+    assert "error: a loader process has died" in said
+    assert "use a smaller DATA.NUM_WORKERS" in said
+    assert "Traceback" not in said
