@@ -6,7 +6,7 @@ from torch import nn
 
 from config import output_dir
 from data import build_loaders
-from data.loading import EvalLoader
+from data.loading import EvalLoader, naming_dead_workers
 from engine.model import compile_in_place, giga_macs, prepare_model
 from engine.precision import Precision, choose_precision
 from models import load_weights
@@ -60,7 +60,7 @@ def run_evaluation(config, device: torch.device) -> None:
     if config.DATA.ON_BAD_IMAGE == "skip":
         loaders.val.on_bad_image = log.bad_image
     compile_in_place(config, model)
-    with log:
+    with log, naming_dead_workers():
         for weights, state_dict in candidates.items():
             with agreement():
                 load_weights(model, state_dict, path, allow_new_head=False)

@@ -211,6 +211,10 @@ def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
     next(data.glob("train/*/*.png")).unlink()
     result = run_main(*flags, ok=False)
     assert "was trained on 72 images, DATA.DATA_PATH has 71, which changes their order" in result.error
+    assert "--force-resume" in result.error
+    result = run_main(*flags, "--opts", "TRAIN.EPOCHS", "4", "--force-resume")
+    assert "was trained on 72 images, DATA.DATA_PATH has 71" in result.stdout
+    assert result.events("eval")[-1]["epoch"] == 4
 
 
 def test_a_failed_evaluation_costs_no_step_and_is_made_up_for(run_main, digits, tmp_path):
@@ -295,19 +299,9 @@ def test_another_models_run(run_main, digits, tmp_path):
 
 def test_weights_that_are_not_finite_end_the_run(run_main, digits):
     flags = (
-        "TRAIN.SAVE_EVERY_STEPS",
-        "1",
-        "PRINT_FREQ",
-        "1000",
-        "TRAIN.BASE_LR",
-        "1e30",
-        "TRAIN.WARMUP_EPOCHS",
-        "0",
-        "TRAIN.CLIP_GRAD",
-        "0",
-        "TRAIN.MAX_SKIPPED_STEPS",
-        "5",
-    )
+        "TRAIN.SAVE_EVERY_STEPS", "1", "PRINT_FREQ", "1000", "TRAIN.BASE_LR", "1e30", "TRAIN.WARMUP_EPOCHS", "0",
+        "TRAIN.CLIP_GRAD", "0", "TRAIN.MAX_SKIPPED_STEPS", "5",
+    )  # fmt: skip
     result = run_main(*TINY_RUN, *flags, "--data-path", digits, "--batch-size", "8", ok=False)
     assert result.status == 2
     assert "5 steps in a row had gradients that are not finite" in result.error

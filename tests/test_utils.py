@@ -15,7 +15,7 @@ from engine.checkpoints import Checkpoints
 from utils import checkpoint
 from utils.errors import UserError
 from utils.logger import forget_after
-from utils.meters import DeviceMeters, Stopwatch
+from utils.meters import DeviceMeters, SpikeDetector, Stopwatch
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,6 +155,16 @@ def test_meters_average_over_steps_and_start_afresh():
     assert meters.read() == {"grad_norm": 6.0, "loss": 3.0}
     meters.add(torch.tensor(1.0), loss=torch.tensor(5.0))
     assert meters.read() == {"loss": 5.0}
+
+
+def test_a_loss_that_jumps_is_told_from_one_that_wavers():
+    spikes = SpikeDetector()
+    assert not any(spikes.is_spike(3 + 0.1 * (i % 3) - 0.01 * i) for i in range(40))
+    assert not spikes.is_spike(float("nan"))
+    assert spikes.is_spike(4.5)
+    assert not spikes.is_spike(2.7)
+    fresh = SpikeDetector()
+    assert not any(fresh.is_spike(loss) for loss in (3.0, 3.0, 9.0)), "too little is known"
 
 
 def test_stopwatch_counts_images_and_waiting():

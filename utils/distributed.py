@@ -1,6 +1,8 @@
 """The processes of a run. Everything here also works without ``torchrun``, as one process."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+
+JOIN_SECONDS = 600
+"""How long ranks wait for each other when they start; a slow host may take minutes to import torch."""
+JOIN_POLL_SECONDS = 0.02
 
 
 class AgreedError(UserError):
@@ -41,9 +47,42 @@ def start() -> torch.device:
     else:
         device = torch.device("cpu")
     if world_size() > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_store_of_this_attempt(),
+            rank=rank(),
+            world_size=world_size(),
+            device_id=device if device.type == "cuda" else None,
+        )
     return device
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """The launcher's key-value store, with a prefix that no earlier attempt has used.
+
+    When torchrun starts all ranks again, because one was lost or a host has joined, it keeps its store. Where the lost
+    ranks once listened is still written there, and whoever reads that before a new rank has replaced it waits for
+    ever. So rank 0 gives the attempt a new name, and the others believe a name only when its rank 0 answers them.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    me, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_SECONDS
+    if is_main():
+        others = [f"{me}/{other}" for other in range(1, world_size())]
+        store.set("attempt", me)
+        while not store.check(others):
+            if time.monotonic() > deadline:
+                missing = [key.split("/")[1] for key in others if not store.check([key])]
+                raise UserError(f"rank {', '.join(missing)} has not joined in {JOIN_SECONDS} s; look at its host")
+            time.sleep(JOIN_POLL_SECONDS)
+        store.set(f"{me}/all", b" ".join(store.get(key) for key in others))
+        return dist.PrefixStore(me, store)
+    while time.monotonic() < deadline:
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank()}", me)
+        if store.check([f"{attempt}/all"]) and me in store.get(f"{attempt}/all").decode():
+            return dist.PrefixStore(attempt, store)
+        time.sleep(JOIN_POLL_SECONDS)
+    raise UserError(f"not all ranks have joined in {JOIN_SECONDS} s; look at what rank 0 says")
 
 
 def stop() -> None:
