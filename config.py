@@ -159,8 +159,10 @@ _C.AUG.MIXUP_SWITCH_PROB = 0.5
 _C.AUG.MIXUP_MODE = "batch"
 
 _C.TEST = CfgNode()
-# Resize to 256/224 of IMG_SIZE and crop the centre; False resizes to IMG_SIZE x IMG_SIZE
+# Crop the centre; False resizes to IMG_SIZE x IMG_SIZE
 _C.TEST.CROP = True
+# Share of the resized short side that the crop takes: 0.875 resizes to 256 for 224
+_C.TEST.CROP_PCT = 0.875
 
 # Precision of the model: auto (bf16 on a GPU that has it, else fp16; none on a CPU) | bf16 | fp16 | none
 _C.AMP = "auto"
@@ -192,7 +194,7 @@ RANGES = {
     "DATA.BATCH_SIZE": (1, _ANY), "DATA.IMG_SIZE": (1, _ANY), "DATA.NUM_WORKERS": (0, _ANY),
     "MODEL.DROP_PATH_RATE": (0, 0.999), "MODEL.DROP_RATE": (0, 0.999), "MODEL.LABEL_SMOOTHING": (0, 0.999),
     "MODEL.NUM_CLASSES": (0, _ANY), "MODEL.CROSSFORMER.EMBED_DIM": (0, _ANY), "PRINT_FREQ": (1, _ANY),
-    "SEED": (0, _ANY), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
+    "SEED": (0, _ANY), "TEST.CROP_PCT": (0.01, 1), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
     "TRAIN.CLIP_GRAD": (0, _ANY), "TRAIN.EMA_DECAY": (0, 1), "TRAIN.EPOCHS": (1, _ANY),
     "TRAIN.EVAL_EVERY_EPOCHS": (1, _ANY), "TRAIN.LR_REFERENCE_BATCH": (0, _ANY),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, _ANY), "TRAIN.LR_SCHEDULER.DECAY_RATE": (0, 1), "TRAIN.MIN_LR": (0, _ANY),

@@ -12,8 +12,6 @@ from torchvision.transforms.v2 import functional as F
 from data.decoding import pil_to_tensor, tensor_to_pil
 from data.policy import Plan, Recorder, build_policy, draw_patches
 
-CROP_RATIO = 224 / 256
-
 
 @dataclass
 class TrainTransform:
@@ -95,7 +93,7 @@ class EvalTransform:
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """Resize to 256/224 of the image size and crop its centre (``TEST.CROP``), or resize to a square."""
+    """Resize and crop the centre (``TEST.CROP``), or resize to a square."""
     size = config.DATA.IMG_SIZE
-    resize = round(size / CROP_RATIO) if config.TEST.CROP else (size, size)
+    resize = round(size / config.TEST.CROP_PCT) if config.TEST.CROP else (size, size)
     return EvalTransform(size, resize, InterpolationMode(config.DATA.INTERPOLATION))

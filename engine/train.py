@@ -116,7 +116,7 @@ def take_steps(
             checkpoints.save_last({**state.content(), **facts, "epoch": epoch, "config": config.dump()}, keep)
 
     def evaluate_and_save() -> None:
-        evaluate_and_keep_best(state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
+        evaluate_and_keep_best(config, state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
         save()
         watchdog.beat(state.step)
 
@@ -347,7 +347,13 @@ def stop_for_good(config, state: TrainState, loader: TrainLoader, loss: torch.Te
 
 
 def evaluate_and_keep_best(
-    state: TrainState, loaders: Loaders, precision: Precision, epoch: int, log: RunLog, checkpoints: Checkpoints
+    config,
+    state: TrainState,
+    loaders: Loaders,
+    precision: Precision,
+    epoch: int,
+    log: RunLog,
+    checkpoints: Checkpoints,
 ) -> None:
     """Evaluate the weights, and their moving average where there is one; keep what beats the best so far."""
     state.share_buffers()
@@ -366,6 +372,7 @@ def evaluate_and_keep_best(
                         "step": state.step,
                         "epoch": epoch,
                         "classes": loaders.classes,
+                        "config": config.dump(),
                         **result,
                     }
                 )

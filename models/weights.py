@@ -62,20 +62,32 @@ def _difference(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
     return ""
 
 
-def _advice(weights: dict[str, Tensor]) -> str:
-    """Which variant the weights belong to, if one of ours."""
+def variant_of(weights: dict[str, Tensor]) -> str:
+    """The name of the variant whose weights these are; an empty string when they are of none."""
+    shape = _shape(checkpoint_filter_fn(weights))
+    family = "crossformerpp_" if any(".ex_conv." in key for key in weights) else "crossformer_"
+    for name, architecture in VARIANTS.items():
+        if name.startswith(family) and shape == (architecture["embed_dim"], list(architecture["depths"])):
+            return name
+    return ""
+
+
+def _shape(weights: dict[str, Tensor]) -> tuple[int, list[int]] | None:
+    """Channels of the first stage and blocks of each, if these are a CrossFormer's weights."""
     norm = weights.get("patch_embed.norm.weight")
     if norm is None:
-        return ""
+        return None
     depths = []
     while any(key.startswith(f"layers.{len(depths)}.") for key in weights):
         prefix = f"layers.{len(depths)}.blocks."
-        depths.append(
-            1 + max((int(k[len(prefix) :].split(".")[0]) for k in weights if k.startswith(prefix)), default=0)
-        )
-    family = "crossformerpp_" if any(".ex_conv." in key for key in weights) else "crossformer_"
-    for name, architecture in VARIANTS.items():
-        same = architecture["embed_dim"] == len(norm) and list(architecture["depths"]) == depths
-        if same and name.startswith(family):
-            return f"; it holds {name} (embed_dim {len(norm)}): set MODEL.NAME {name}"
-    return f"; it has embed_dim {len(norm)} and depths {depths}"
+        blocks = [int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)]
+        depths.append(1 + max(blocks, default=0))
+    return len(norm), depths
+
+
+def _advice(weights: dict[str, Tensor]) -> str:
+    """Which variant the weights belong to, if one of ours."""
+    shape, name = _shape(weights), variant_of(weights)
+    if name:
+        return f"; it holds {name} (embed_dim {shape[0]}): set MODEL.NAME {name}"
+    return f"; it has embed_dim {shape[0]} and depths {shape[1]}" if shape else ""

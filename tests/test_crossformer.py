@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.crossformer import VARIANTS, checkpoint_filter_fn
-from models.grouping import Grouping
+from models.crossformer.grouping import Grouping
 
 DATA = Path(__file__).parent / "data"
 CLASSIFICATION = json.loads((DATA / "classification.json").read_text())

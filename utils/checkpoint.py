@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -24,6 +25,8 @@ SEAL = b"crossformer-trainer sha256 "
 """Begins the comment that ends our zip files; the digest of all bytes before the comment follows."""
 SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
 CHUNK = 2**22
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a folder that timm has written."""
 
 
 class _Hashing:
@@ -123,13 +126,16 @@ def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU; one that must be ``sealed`` only when its checksum is right.
 
     Nothing in the file is executed: besides tensors and plain containers only yacs' ``CfgNode``, which published
-    checkpoints carry, is allowed, and read as the dict that it is.
+    checkpoints carry, is allowed, and read as the dict that it is. Of a folder as timm and the Hugging Face hub write
+    it, the weights are under ``model``, its ``config.json`` is under ``timm``.
 
     Raises:
         DamagedFile: the file is missing, damaged or not a checkpoint.
         RefusedFile: the file asks for code to be run.
         UserError: the file may be whole but cannot be read now.
     """
+    if os.path.isdir(path):
+        return _read_folder(Path(path))
     if not os.path.isfile(path):
         raise DamagedFile(f"{path} is not a file; expected a checkpoint (.pth)")
     try:
@@ -161,6 +167,21 @@ def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint (a dict)")
     return content
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(config["architecture"], str)
+    except OSError as error:
+        raise DamagedFile(
+            f"{folder} is a folder without config.json; expected a checkpoint file, or a folder that timm has written"
+        ) from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DamagedFile(f"{path} is not what timm writes: it names no architecture") from error
+    names = [name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
+    return {"model": read(folder / (names or FOLDER_WEIGHTS)[0]), "timm": config}
 
 
 def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:

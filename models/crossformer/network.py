@@ -18,7 +18,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.grouping import Grouping, may_cache
+from .grouping import Grouping, may_cache
 
 MIN_IMAGE_SIZE = 32
 PATCH_KERNELS = (4, 8, 16, 32)
