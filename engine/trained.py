@@ -14,7 +14,7 @@ from models import build_model, load_weights
 from models.build import ARCHITECTURE
 from models.weights import variant_of
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 
 
 class TrainedModel(NamedTuple):
@@ -41,7 +41,7 @@ def load_trained(path: str, device: torch.device, name: str = "", image_size: in
     Args:
         path: a ``.pth`` or ``.safetensors`` file, or a folder with ``config.json`` and ``model.safetensors``.
         device: where the model goes.
-        name: the timm name, for weights of a network that is no CrossFormer.
+        name: the timm name, for weights that do not say of which network they are.
         image_size: in place of the one that it was trained with; 0 keeps that.
 
     Raises:
@@ -76,12 +76,11 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         found = name or variant_of(weights)
         if not found:
             raise UserError(f"{path} does not say which model it holds: give its timm name with --model")
+        if not timm.is_model(found):
+            raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
-        if timm.is_model(found):
-            settings += _preparation_of(timm.get_pretrained_cfg(found).to_dict(), path)
+        settings += _preparation_of(timm.get_pretrained_cfg(found).to_dict(), path)
     settings += [("MODEL.DROP_PATH_RATE", 0.0, path), ("MODEL.DROP_RATE", 0.0, path), ("MODEL.NUM_CLASSES", 0, path)]
-    if name:
-        settings.append(("MODEL.NAME", name, "--model"))
     if image_size:
         settings.append(("DATA.IMG_SIZE", image_size, "--image-size"))
     return build_config(flags=settings)
@@ -102,7 +101,7 @@ def _preparation_of(pretrained_cfg: dict[str, Any], path: str) -> list[tuple[str
 def _num_classes(content: dict, weights: dict[str, Tensor], config: CfgNode, path: str) -> int:
     if content.get("classes"):
         return len(content["classes"])
-    classifier = timm.get_pretrained_cfg(config.MODEL.NAME).classifier if timm.is_model(config.MODEL.NAME) else "head"
+    classifier = timm.get_pretrained_cfg(config.MODEL.NAME).classifier
     ends = tuple(f"{name}.weight" for name in ([classifier] if isinstance(classifier, str) else classifier))
     for key, value in weights.items():
         if key.endswith(ends):

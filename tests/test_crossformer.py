@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import get_notrace_modules
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.crossformer import VARIANTS, checkpoint_filter_fn
 from models.crossformer.grouping import Grouping
@@ -267,8 +269,14 @@ def test_arguments_that_describe_no_network(kwargs, message):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_timm_contract(name):
-    model = timm.create_model(name, num_classes=7, in_chans=4, drop_path_rate=0.1, drop_rate=0.1).eval()
+    model = timm.create_model(name, num_classes=7, in_chans=4, drop_path_rate=0.1, drop_rate=0.1)
     x = torch.randn(2, 4, 64, 96)
+    for recompute in (False, True):
+        model.set_grad_checkpointing(recompute)
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        model.zero_grad()
+    model.eval()
     with torch.no_grad():
         tokens = model.forward_features(x)
         assert tokens.shape == (2, 2, 3, model.num_features)
@@ -297,6 +305,29 @@ def test_timm_contract(name):
         assert groups.keys() == {n for n, _ in model.named_parameters()}
         assert groups["patch_embed.norm.weight"] == 0
         assert groups["norm.weight"] == max(groups.values())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_way_to_get_features_gives_the_same(name):
+    """timm's getter, hooks and torch.fx graphs, and torchvision's graphs."""
+    x = torch.randn(1, 3, 64, 96)
+    models = []
+    for feature_cls in ("getter", "hook", "fx"):
+        torch.manual_seed(0)
+        models.append(timm.create_model(name, features_only=True, out_indices=(1, 3), feature_cls=feature_cls).eval())
+    with torch.no_grad():
+        expected = models[0](x)
+        assert [f.shape[1] for f in expected] == models[0].feature_info.channels()
+        for model in models[1:]:
+            features = [f.permute(0, 3, 1, 2) for f in model(x)]
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, features, strict=True))
+        whole = timm.create_model(name, num_classes=2).eval()
+        nodes = {info["module"]: str(i) for i, info in enumerate(whole.feature_info)} | {"head": "logits"}
+        graph = create_feature_extractor(whole, nodes, tracer_kwargs={"leaf_modules": get_notrace_modules()})
+        out = graph(x)
+        assert torch.equal(out["logits"], whole(x))
+        maps = whole.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
+        assert all(torch.equal(out[str(i)], m) for i, m in enumerate(maps))
 
 
 def test_features_only_prunes_what_it_does_not_need():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -100,11 +100,12 @@ class CrossScaleAttention(nn.Module):
         bias = self.position_bias(grouping, q.dtype)
         mask = grouping.key_mask(x.device)
         if mask is not None:
-            bias = (bias + mask.to(bias.dtype)).repeat(len(tokens) // len(mask), 1, 1, 1)
+            bias = (bias + mask.to(bias.dtype)).repeat(x.shape[0], 1, 1, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return grouping.ungroup(self.proj(rearrange(out, "b h n d -> b n (h d)")))
 
 
+@register_notrace_module  # torch.fx cannot follow the sizes of a map
 class CrossFormerBlock(nn.Module):
     """Pre-norm attention and pre-norm MLP, each with stochastic depth; in CrossFormer++ some end with an ACL.
 
@@ -143,6 +144,7 @@ class CrossFormerBlock(nn.Module):
         return x
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Cross-scale embedding layer of the image: patches of four sizes around the same centres.
 
@@ -160,6 +162,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
+        if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
+            raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
         x = torch.cat([proj(x) for proj in self.projs], dim=1)
         return self.norm(x.permute(0, 2, 3, 1))
 
@@ -252,8 +256,8 @@ class CrossFormer(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=PATCH_STRIDE * REDUCTION_STRIDE**i, module=f"layers.{i}")
-            for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=PATCH_STRIDE * REDUCTION_STRIDE**i, module=f"layers.{i}.blocks.{depth - 1}")
+            for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
         ]
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
@@ -339,7 +343,7 @@ class CrossFormer(nn.Module):
             raise ValueError(f"output_fmt {output_fmt!r} is not one of NCHW, NHWC")
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
         intermediates = []
-        x = self._embed(x)
+        x = self.patch_embed(x)
         for i, stage in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
             features = stage(x)
             last = i == len(self.layers) - 1
@@ -363,14 +367,9 @@ class CrossFormer(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    def _embed(self, x: Tensor) -> Tensor:
-        if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
-        return self.patch_embed(x)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` to normalised tokens ``(B, H // 32, W // 32, C)``."""
-        x = self._embed(x)
+        x = self.patch_embed(x)
         for stage in self.layers:
             x = stage.downsample(stage(x))
         return self.norm(x)
