@@ -83,6 +83,10 @@ _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.LR_REFERENCE_BATCH = 512
 # Not applied to biases and other 1-d parameters
 _C.TRAIN.WEIGHT_DECAY = 0.05
+# Each layer's learning rate is that of the layer above it times this (for fine-tuning, as 0.8); 1 for the same
+_C.TRAIN.LAYER_DECAY = 1.0
+# Train the head alone (linear probe); the trunk stays as it is
+_C.TRAIN.FREEZE_TRUNK = False
 # Largest norm of the gradient; 0 does not clip
 _C.TRAIN.CLIP_GRAD = 5.0
 # Micro-batches whose gradients make up one step
@@ -195,7 +199,7 @@ RANGES = {
     "MODEL.DROP_PATH_RATE": (0, 0.999), "MODEL.DROP_RATE": (0, 0.999), "MODEL.LABEL_SMOOTHING": (0, 0.999),
     "MODEL.NUM_CLASSES": (0, _ANY), "MODEL.CROSSFORMER.EMBED_DIM": (0, _ANY), "PRINT_FREQ": (1, _ANY),
     "SEED": (0, _ANY), "TEST.CROP_PCT": (0.01, 1), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
-    "TRAIN.CLIP_GRAD": (0, _ANY), "TRAIN.EMA_DECAY": (0, 1), "TRAIN.EPOCHS": (1, _ANY),
+    "TRAIN.CLIP_GRAD": (0, _ANY), "TRAIN.EMA_DECAY": (0, 1), "TRAIN.LAYER_DECAY": (0.01, 1), "TRAIN.EPOCHS": (1, _ANY),
     "TRAIN.EVAL_EVERY_EPOCHS": (1, _ANY), "TRAIN.LR_REFERENCE_BATCH": (0, _ANY),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, _ANY), "TRAIN.LR_SCHEDULER.DECAY_RATE": (0, 1), "TRAIN.MIN_LR": (0, _ANY),
     "TRAIN.HANG_MINUTES": (0, _ANY), "TRAIN.KEEP_EVERY_EPOCHS": (0, _ANY), "TRAIN.KEEP_LAST": (1, 100),
@@ -210,6 +214,9 @@ NUMBER_LISTS = {
     "TRAIN.OPTIMIZER.BETAS": (2,),
 }  # fmt: skip
 """Lists of numbers, and how many of them there may be."""
+
+MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
+"""Settings that the state of an optimizer depends on, so that a resumed run may not change them."""
 
 NO_EFFECT = (
     "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
@@ -412,8 +419,8 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
 
 def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:
     """The settings that may change what a run computes and differ from a dumped config: key, value there, here."""
-    before, now = flatten(CfgNode(yaml.safe_load(dumped))), flatten(config)
-    differing = ((key, before.get(key), value) for key, value in now.items() if before.get(key) != value)
+    before, now = flatten(_C) | flatten(CfgNode(yaml.safe_load(dumped))), flatten(config)  # new settings have defaults
+    differing = ((key, before[key], value) for key, value in now.items() if before[key] != value)
     return [setting for setting in differing if not setting[0].startswith(NO_EFFECT)]
 
 

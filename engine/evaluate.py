@@ -7,7 +7,7 @@ from torch import nn
 from config import output_dir
 from data import build_loaders
 from data.loading import EvalLoader, naming_dead_workers
-from engine.model import compile_in_place, giga_macs, prepare_model
+from engine.model import compile_in_place, giga_macs, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from models import load_weights
 from utils import checkpoint
@@ -33,7 +33,8 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision) -> dict
         loss = F.cross_entropy(logits, targets, reduction="none").double()
         count = torch.full_like(sums[0], len(targets))
         sums += torch.stack([count, best[:, 0].sum(), best.sum(), loss.sum()])
-    model.train(was_training)
+    if was_training:
+        set_training_mode(model)
     images, top1, top5, loss = sum_over_ranks(sums).tolist()
     if images == 0:
         raise UserError(f"no validation image of {loader.dataset.index.root} can be decoded")

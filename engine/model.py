@@ -15,7 +15,26 @@ def prepare_model(config, num_classes: int, device: torch.device) -> nn.Module:
     """The configured model with its initial weights, which depend on the seed alone."""
     seed_everything(device, config.SEED, "weights")
     model = build_model(config, num_classes)
+    if config.TRAIN.FREEZE_TRUNK:
+        freeze_trunk(model)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def freeze_trunk(model: nn.Module) -> None:
+    """Let the head alone be trained."""
+    model.requires_grad_(False)
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        head.requires_grad_(True)
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """``model.train()``; modules of which nothing is trained compute as in evaluation."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
 
 
 def compile_in_place(config, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from config import differing_settings
+from config import MUST_STAY, differing_settings
 from engine.ema import Ema
 from models import load_weights
 from utils.distributed import broadcast_from_main
@@ -93,7 +93,7 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int) ->
         lines.append(problem)
     differing = differing_settings(content["config"], config)
     for key, before, now in differing:
-        if key == "TRAIN.OPTIMIZER.NAME":
+        if key in MUST_STAY:
             raise UserError(f"{path} was trained with {key} {before}, this run has {now}: keep it, or use --pretrained")
     return [*lines, *(f"{key} was {before}, is now {now}" for key, before, now in differing)]
 

@@ -19,7 +19,7 @@ from engine.checkpoints import Checkpoints
 from engine.ema import Ema
 from engine.evaluate import check_classes, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
-from engine.model import compile_in_place, giga_macs, prepare_model, share_gradients
+from engine.model import compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, write_bad_batch
 from engine.state import TrainState, check_resumable, step_after
@@ -122,7 +122,7 @@ def take_steps(
 
     if evaluation_due(state.step) and state.evaluated_step < state.step:
         evaluate_and_save()  # an earlier run stopped between a save and its evaluation
-    model.train()
+    set_training_mode(model)
     batches = timed(loader.micro_batches(state.step, total_steps), stopwatch, watchdog)
     for step in range(state.step, total_steps):
         learning_rate = schedule(step)
@@ -289,9 +289,9 @@ def describe(config, model: nn.Module, gmac: float, precision: Precision, loader
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Let the next step of all parameter groups use this rate."""
+    """Let the next step use this rate, lower layers a share of it (``TRAIN.LAYER_DECAY``)."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def sync_gradients(model: nn.Module, on: bool):

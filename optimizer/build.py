@@ -3,6 +3,7 @@
 import math
 
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,9 +15,15 @@ APEX_HINT = (
 )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: with weight decay, and without (biases, other 1-d parameters, ``model.no_weight_decay()``)."""
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Groups with weight decay, and without (biases, other 1-d parameters, ``model.no_weight_decay()``).
+
+    With a ``layer_decay`` below 1 there are two such groups for each layer (as ``model.group_matcher()`` counts them),
+    whose ``lr_scale`` is ``layer_decay`` to the number of layers above it.
+    """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    if layer_decay != 1:
+        return param_groups_layer_decay(model, weight_decay, exempt, layer_decay=layer_decay)
     decayed, undecayed = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -28,10 +35,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(config, model: nn.Module) -> Optimizer:
     """The optimizer that ``config.TRAIN.OPTIMIZER`` names, over the model's parameters.
 
-    The learning rate is set at each step by the training loop.
+    The learning rate is set at each step by the training loop, times the ``lr_scale`` of a group that has one.
     """
     settings = config.TRAIN.OPTIMIZER
-    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY)
+    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
     adam = dict(lr=config.TRAIN.BASE_LR, betas=tuple(settings.BETAS), eps=settings.EPS)
     match settings.NAME:
         case "adamw":

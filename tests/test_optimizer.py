@@ -9,7 +9,8 @@ import timm
 import torch
 
 from config import build_config
-from engine.train import update_weights
+from engine.train import set_learning_rate, update_weights
+from models.crossformer import VARIANTS
 from optimizer import build_optimizer, parameter_groups
 from utils.errors import UserError
 
@@ -25,6 +26,34 @@ def test_weight_decay_as_published(variant):
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
     assert len(decayed["params"]) == CLASSIFICATION[variant]["weight_decay_parameters"]
     assert len(undecayed["params"]) == CLASSIFICATION[variant]["no_weight_decay_parameters"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_learning_rates_decay_with_the_depth(name):
+    """Counted here from the head down, block by block; what follows the last block of a stage belongs to that block."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    layers = [[model.patch_embed]]
+    for stage in model.layers:
+        layers += [[block] for block in stage.blocks]
+        layers[-1].append(stage.downsample)
+    layers[-1].append(model.norm)
+    layers.append([model.head])
+    expected = {
+        id(p): 0.8**depth
+        for depth, modules in enumerate(reversed(layers))
+        for module in modules
+        for p in module.parameters()
+    }
+    groups = parameter_groups(model, 0.05, layer_decay=0.8)
+    rates = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert rates == pytest.approx(expected)
+    assert len(rates) == len(list(model.parameters()))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    set_learning_rate(optimizer, 0.01)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01 * g["lr_scale"] for g in groups])
 
 
 def test_a_model_may_exempt_more():

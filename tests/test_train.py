@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_tensors
+from timm.models._hub import save_for_hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import build_config
@@ -260,22 +262,62 @@ def test_all_ranks_evaluate_the_same_batch_norm(run_main, digits, tmp_path):
     assert losses[-1] == pytest.approx(losses[-2], rel=1e-6)
 
 
-def test_fine_tuning_starts_from_the_trunk(run_main, digits, tmp_path):
-    import timm
+STILL = ("TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
+"""Learning rates with which a run ends with the weights it has started from."""
 
-    source = timm.create_model("crossformer_micro", num_classes=1000)
-    path = tmp_path / "pretrained.pth"
-    torch.save({"model": source.state_dict()}, path)
+
+@pytest.fixture(params=["published", "safetensors folder"])
+def with_1000_classes(request, tmp_path):
+    """Micro with a head of 1,000 classes: the model, and the path of its weights."""
+    model = timm.create_model("crossformer_micro", num_classes=1000)
+    if request.param == "published":
+        path = tmp_path / "pretrained.pth"
+        state = {f"module.backbone.{key}": value for key, value in model.state_dict().items()}
+        state["module.backbone.layers.0.blocks.0.attn.biases"] = torch.zeros(49, 2)
+        torch.save({"model": state, "max_accuracy": 80.0, "epoch": 299, "optimizer": {}, "lr_scheduler": {}}, path)
+    else:
+        path = tmp_path / "folder"
+        save_for_hf(model, str(path), safe_serialization=True)
+    return model, path
+
+
+def test_fine_tuning_starts_from_the_trunk(run_main, digits, with_1000_classes):
+    """At another image size and with other groups too: at the old ones the trunk's features are what they were."""
+    source, path = with_1000_classes
     result = run_main(
-        *TINY_RUN, "TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0",
-        "--data-path", digits, "--batch-size", "36", "--pretrained", path,
+        *TINY_RUN, *STILL, "DATA.IMG_SIZE", "64", "MODEL.CROSSFORMER.GROUP_SIZE", "[8, 8, 4, 2]",
+        "TRAIN.LAYER_DECAY", "0.8", "--data-path", digits, "--batch-size", "36", "--pretrained", path,
     )  # fmt: skip
     assert "the head is new (1000 classes in the file, 10 in the data)" in result.stdout
     trained = result.checkpoint()["model"]
     assert trained["head.weight"].shape == (10, 256)
     trunk = {key: value for key, value in source.state_dict().items() if not key.startswith("head")}
     assert f"{len(trunk)} weights matched" in result.stdout
-    assert all(torch.equal(trained[key], value) for key, value in trunk.items())
+    tuned = timm.create_model("crossformer_micro", num_classes=10)
+    tuned.load_state_dict(trained)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(tuned.eval().forward_features(image), source.eval().forward_features(image))
+
+
+def test_a_linear_probe_trains_the_head_alone(run_main, digits, tmp_path):
+    """On any model: statistics of a frozen BatchNorm stay too, and evaluations in between do not wake it up."""
+    torch.manual_seed(0)
+    source = timm.create_model("resnet10t", num_classes=3)
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")
+    flags = (
+        "--cfg", "configs/linear_probe.yaml", "--tag", "run", "--data-path", digits, "--batch-size", "12",
+        "--pretrained", tmp_path / "resnet.pth", "--opts", "MODEL.NAME", "resnet10t", "DATA.IMG_SIZE", "64",
+        "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2", "PRINT_FREQ", "1",
+    )  # fmt: skip
+    run_main(*flags, "--opts", "TRAIN.SAVE_EVERY_STEPS", "1")
+    path = tmp_path / "output" / "resnet10t" / "run" / "checkpoints" / "last.pth"
+    trained = torch.load(path, weights_only=True)["model"]
+    for key, value in source.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(value, trained[key]), key
+    assert trained["fc.weight"].abs().sum() > 0
+    changed = run_main(*flags, "--opts", "TRAIN.FREEZE_TRUNK", "False", ok=False)
+    assert "was trained with TRAIN.FREEZE_TRUNK True, this run has False" in changed.error
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -289,11 +290,14 @@ class CrossFormer(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """How parameters fall into layers, from the image to the head (timm's layer-wise learning rates)."""
+        """How parameters fall into layers, from the image to the head (timm's layer-wise learning rates).
+
+        What follows the last block of a stage belongs to that block.
+        """
         blocks = [
-            (r"^layers\.(\d+)\.downsample", (0,)),
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm", (99999,)),
+            (r"^layers\.(\d+)\.downsample", MATCH_PREV_GROUP),
+            (r"^norm", MATCH_PREV_GROUP),
         ]
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
