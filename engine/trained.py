@@ -80,6 +80,9 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
             raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
         settings += _preparation_of(timm.get_pretrained_cfg(found).to_dict(), path)
+    holds = dict(setting[:2] for setting in settings).get("MODEL.NAME", default_config().MODEL.NAME)
+    if name not in ("", holds):
+        raise UserError(f"--model {name}: {path} says that it holds {holds}; leave out --model")
     settings += [("MODEL.DROP_PATH_RATE", 0.0, path), ("MODEL.DROP_RATE", 0.0, path), ("MODEL.NUM_CLASSES", 0, path)]
     if image_size:
         settings.append(("DATA.IMG_SIZE", image_size, "--image-size"))

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import predict
 from main import parse
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +33,11 @@ def test_commands_of_main(command):
         parse(words)
 
 
+@pytest.mark.parametrize("command", commands(r"predict\.py"), ids=" ".join)
+def test_commands_of_predict(command):
+    predict.parse(command[1:])
+
+
 @pytest.mark.parametrize("script", sorted({words[0] for words in commands(r"scripts/\w+\.py")}))
 def test_commands_of_scripts(script):
     """The program is there and knows each flag."""
@@ -50,4 +56,5 @@ def test_commands_of_scripts(script):
 
 def test_the_documents_were_searched():
     assert len(commands(r"main\.py")) >= 8
+    assert len(commands(r"predict\.py")) >= 2
     assert len(commands(r"scripts/\w+\.py")) >= 5

@@ -1,0 +1,218 @@
+"""Predict the classes of images.
+
+Exit status 0: all are predicted; 1: some could not be decoded and were skipped; 2: see the error.
+"""
+
+import csv
+import io
+import json
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.decoding import decode, tensor_to_pil
+from data.on_device import DeviceStage
+from data.policy import Plan
+from data.transforms import build_eval_transform
+from engine.model import giga_macs
+from engine.precision import choose_precision
+from engine.trained import TrainedModel, load_trained
+from utils.errors import Parser, UserError
+
+KEYS = ("class_index", "class", "probability")
+ON_SHEET, COLUMNS, BARS = 60, 8, 5
+SIDE, PAD, LINE = 224, 12, 22  # pixels of an image on the sheet, of the space around it, of a line of text or a bar
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """The files among ``paths``; of each folder the images at any depth, sorted, without hidden ones."""
+    found = []
+    for path in paths:
+        names = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        images = sorted(path / name for name in names if not any(part.startswith(".") for part in name.parts))
+        if not images and not path.is_file():
+            raise UserError(f"{path} is no file and no folder of images; give images or their folders")
+        found += images or [path]
+    return found
+
+
+def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Iterator[tuple[dict, torch.Tensor | None]]:
+    """What ``--format json`` says of each image, in order, and the pixels that the model saw."""
+    config, classes, device = trained.config, trained.classes, torch.device(given.device)
+    precision, transform = choose_precision(config, device), build_eval_transform(config)
+    stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
+
+    def prepare(path: Path) -> torch.Tensor | str:
+        """As in evaluation; or why that cannot be done."""
+        try:
+            return transform(decode(path.read_bytes()))[0]
+        except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
+            return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+    batches = [paths[start : start + given.batch_size] for start in range(0, len(paths), given.batch_size)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        ready = pool.map(prepare, batches[0])
+        for files, following in zip(batches, [*batches[1:], []], strict=True):
+            images, ready = list(ready), pool.map(prepare, following)  # while the model is at work
+            if sound := [image for image in images if not isinstance(image, str)]:
+                with torch.inference_mode(), precision.autocast():
+                    logits = trained.model(stage(torch.stack(sound), [Plan()] * len(sound))).float()
+                best = logits.softmax(1).topk(min(given.top, len(classes)))
+                answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for file, image in zip(map(str, files), images, strict=True):
+                if isinstance(image, str):
+                    yield {"file": file, "error": image}, None
+                else:
+                    ranked = ((i, classes[i], float(f"{p:.6g}")) for i, p in zip(*next(answers), strict=True))
+                    yield {"file": file, "predictions": [dict(zip(KEYS, x, strict=True)) for x in ranked]}, image
+
+
+def printable(text: str) -> str:
+    """In one line: the name of a file or class may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
+    """Write them; a table is fitted to the width of a terminal, and elsewhere has tabs between its cells."""
+    sound = [(record["file"], record["predictions"]) for record in records if "predictions" in record]
+    table = Table("file", "class", "other classes", box=None, padding=(0, 2, 0, 0))
+    if form == "json":
+        print(json.dumps(records, indent=1, ensure_ascii=False), file=out)
+    elif form == "csv":
+        lines = csv.writer(out, lineterminator="\n")
+        lines.writerow(["file", "rank", *KEYS])
+        lines.writerows([file, rank, *p.values()] for file, named in sound for rank, p in enumerate(named, start=1))
+    else:
+        for file, named in sound:
+            cells = [printable(x) for x in (file, *(f"{p['class']} {100 * p['probability']:.1f} %" for p in named))]
+            table.add_row(Text(cells[0], overflow="fold"), Text(cells[1], "green"), Text("   ".join(cells[2:]), "dim"))
+            if not out.isatty():
+                print(*cells, sep="\t", file=out)
+        if out.isatty():
+            Console(file=out).print(table)
+
+
+def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
+    """A PNG with a card for each image: the file, what the model saw, and a bar for each of the first classes."""
+    rows = max(-(-len(drawn) // COLUMNS), round((len(drawn) / 2) ** 0.5))
+    columns = -(-len(drawn) // rows)
+    width, height = SIDE + 2 * PAD, SIDE + (1 + len(drawn[0][0]["predictions"][:BARS])) * LINE + 5 * PAD // 2
+    size = columns * (width + PAD) + PAD, rows * (height + PAD) + LINE + 2 * PAD
+    draw, font = ImageDraw.Draw(sheet := Image.new("RGB", size, "#eef1f5")), ImageFont.load_default(size=13)
+
+    def write(x: float, y: int, text: str, room: float, cut: slice = slice(-1)) -> None:
+        shown = text = printable(text)
+        while draw.textlength(shown, font) > room:
+            text = text[cut]
+            shown = f"{text}…" if cut.stop else f"…{text}"
+        draw.text((x, y + LINE / 2 - 2), shown, "#1f2937", font, anchor="lm")
+
+    write(PAD, PAD, title, size[0] - 2 * PAD)
+    for number, (record, image) in enumerate(drawn):
+        x, y = number % columns * (width + PAD) + 2 * PAD, number // columns * (height + PAD) + LINE + 3 * PAD
+        draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white")
+        write(x, y - 2, "/".join(Path(record["file"]).parts[-2:]), SIDE, cut=slice(1, None))
+        shown = image.shape[-1] * (SIDE // image.shape[-1]) or SIDE
+        scaling = Image.Resampling.NEAREST if image.shape[-1] <= SIDE else Image.Resampling.LANCZOS
+        sheet.paste(tensor_to_pil(image).resize((shown, shown), scaling), (x + (SIDE - shown) // 2, y + LINE))
+        y += LINE + SIDE + PAD // 2
+        for top, p in zip(range(y, y + BARS * LINE, LINE), record["predictions"], strict=False):
+            for share, colour in ((1, "#f1f4f8"), (p["probability"], "#8ec5f4" if top == y else "#d3e6f8")):
+                draw.rounded_rectangle((x, top, x + share * SIDE, top + LINE - 4), 4, colour)
+            percent = f"{100 * p['probability']:.1f} %"
+            left = x + SIDE - 6 - draw.textlength(percent, font)
+            write(left, top, percent, SIDE)
+            write(x + 6, top, p["class"], left - x - 12)
+    sheet.save(out := io.BytesIO(), "PNG", optimize=True)
+    return out.getvalue()
+
+
+def write_file(path: Path, data: bytes | None) -> None:
+    """Replace the file in one step; without data, only find out whether that can be done."""
+    temporary = path.parent / f".{path.name}.writing"
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is not a file")
+        temporary.write_bytes(data or b"")
+        if data is not None:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another place") from error
+    finally:
+        if os.path.exists(temporary):
+            temporary.unlink()
+
+
+def parse(arguments: list[str]) -> Namespace:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser = Parser(prog="predict.py", description=__doc__, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("images", metavar="IMAGE-OR-FOLDER", nargs="+", type=Path, help="images, or folders with images at any depth")
+    flag("--checkpoint", metavar="FILE", required=True, help="weights: this project's, published ones or timm's")
+    flag("--format", choices=["table", "csv", "json"], default="table", help="of the output (%(default)s)")
+    flag("--to", metavar="FILE", type=Path, help="write the output there")
+    flag("--top", metavar="N", type=int, default=5, help="classes of each image (%(default)s)")
+    flag("--batch-size", metavar="N", type=int, default=32, help="images at a time (%(default)s)")
+    flag("--image-size", metavar="N", type=int, default=0, help="in pixels; 0 is that of the training")
+    flag("--model", metavar="NAME", default="", help="the timm name, for weights that do not tell")
+    flag("--device", choices=devices, default=devices[-1], help="of this machine's (%(default)s)")
+    flag("--sheet", metavar="FILE.png", type=Path, help="draw the images with their predictions")
+    given = parser.parse_args(arguments)
+    if min(given.top, given.batch_size) < 1:
+        raise UserError("--top and --batch-size must be at least 1")
+    return given
+
+
+def run(given: Namespace) -> int:
+    paths, device = find_images(given.images), torch.device(given.device)
+    records, drawn, screen = [], [], Console(stderr=True)
+    for path in filter(None, (given.to, given.sheet)):
+        write_file(path, None)  # after an hour it would be late to find out
+    trained = load_trained(given.checkpoint, device, given.model, given.image_size)
+    name = trained.config.MODEL.NAME
+    giga_macs(trained.model, trained.config.DATA.IMG_SIZE, device)  # refuses a size that the model does not take
+    answers = predict(trained, paths, given)
+    for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
+        records.append(record)
+        if image is None:
+            screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
+        elif given.sheet and len(drawn) < ON_SHEET:
+            drawn.append((record, image))
+    sound = sum("predictions" in record for record in records)
+    if drawn:
+        left_out = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""
+        write_file(given.sheet, draw_sheet(drawn, f"{name}, {len(drawn)} images{left_out}"))
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    show(records, given.format, out := io.StringIO() if given.to else sys.stdout)
+    if given.to:
+        write_file(given.to, out.getvalue().encode("utf-8", "backslashreplace"))
+    return 0 if sound == len(records) else 1
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        return run(parse(arguments))
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # "| head" ends it
+    sys.exit(main(sys.argv[1:]))

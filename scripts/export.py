@@ -1,0 +1,259 @@
+"""Export a trained model: ``python scripts/export.py --checkpoint FILE --format onnx``.
+
+What was written is loaded again and must give the same logits as the model; only then does it get its name.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from timeit import timeit
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor
+from yacs.config import CfgNode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import default_config, flatten
+from engine.trained import TrainedModel, load_trained
+from models import build_model
+from models.build import ARCHITECTURE
+from models.crossformer.network import MIN_IMAGE_SIZE
+from utils import checkpoint
+from utils.errors import Parser, UserError
+
+TOLERANCE = 1e-4
+OPSET = 20
+TIMED_BATCH, ROUNDS, SECONDS_PER_ROUND = 8, 5, 0.2
+PATHS = ("DATA.DATA_PATH", "DATA.CACHE_DIR", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
+
+
+class Source(NamedTuple):
+    """What to export, and an example of what it takes; without ``dynamic_shapes`` in batches of that size alone."""
+
+    trained: TrainedModel
+    path: str
+    images: Tensor
+    dynamic_shapes: tuple | None
+
+    def preparation(self) -> dict[str, Any]:
+        """How an image becomes the model's input, in timm's words."""
+        data, test = self.trained.config.DATA, self.trained.config.TEST
+        crop = dict(crop_pct=test.CROP_PCT, crop_mode="center") if test.CROP else dict(crop_pct=1.0, crop_mode="squash")
+        size = dict(input_size=list(self.images.shape[1:]), interpolation=data.INTERPOLATION)
+        return size | crop | dict(mean=data.MEAN, std=data.STD)
+
+    def metadata(self) -> dict[str, str]:
+        """What travels with the weights, each as JSON."""
+        model, classes = self.trained.config.MODEL, self.trained.classes
+        arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
+        described = dict(architecture=model.NAME, model_args=arguments, classes=classes, **self.preparation())
+        return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
+
+
+def torch_export(source: Source, path: Path) -> Callable:
+    program = torch.export.export(source.trained.model, (source.images,), dynamic_shapes=source.dynamic_shapes)
+    torch.export.save(program, path, extra_files=source.metadata())
+    return torch.export.load(path).module()
+
+
+def onnx(source: Source, path: Path) -> Callable:
+    import onnxruntime
+
+    how = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"])
+    program = torch.onnx.export(source.trained.model, (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
+    program.model.metadata_props.update(source.metadata())
+    program.save(path, external_data=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def safetensors(source: Source, path: Path) -> Callable:
+    save_file(source.trained.model.state_dict(), path, source.metadata())
+    model = build_model(source.trained.config, len(source.trained.classes))
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def hf(source: Source, path: Path) -> Callable:
+    names = {"label_names": source.trained.classes}
+    save_for_hf(source.trained.model, str(path), names, safe_serialization=True, data_config=source.preparation())
+    (path / "README.md").write_text(model_card(source), encoding="utf-8")
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+FORMATS = {"torch_export": torch_export, "onnx": onnx, "safetensors": safetensors, "hf": hf}
+SUFFIXES = {"torch_export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "hf": "-hf"}
+GRAPHS = ("torch_export", "onnx")
+"""Formats that hold the computation too, for which the size of a batch has to be decided."""
+
+
+def model_card(source: Source) -> str:
+    trained, (height, width) = source.trained, source.images.shape[-2:]
+    name, ours = trained.config.MODEL.NAME, trained.config.MODEL.NAME.startswith("crossformer")
+    facts = trained.facts if "top1" in trained.facts else {"weights": trained.facts["weights"]}
+    metrics = "".join(f"- {key}: {value if key == 'weights' else round(value, 4)}\n" for key, value in facts.items())
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+license: {trained.model.pretrained_cfg.get("license") or "mit"}
+tags: [image-classification, timm{", crossformer" * ours}]
+---
+
+# {name}
+
+An image classifier with {len(trained.classes)} classes, for images of {height} x {width} pixels.
+
+```python
+import timm, torch
+from PIL import Image
+{"import crossformer  # after pip install of the CrossFormer trainer's folder" if ours else ""}
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # this folder; on the hub "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.inference_mode():
+    logits = model(transform(Image.open("image.png").convert("RGB")).unsqueeze(0))
+print(model.pretrained_cfg["label_names"][logits.argmax()])
+```
+
+## Metrics
+
+{metrics}
+## Settings that differ from the trainer's defaults
+
+```yaml
+{run_settings(source.path)}```
+"""
+
+
+def run_settings(path: str) -> str:
+    """As a file for ``--cfg``."""
+    saved, defaults = checkpoint.read(path).get("config"), flatten(default_config())
+    if not isinstance(saved, str):
+        return "# the checkpoint does not name them\n"
+    settings = flatten(CfgNode(yaml.safe_load(saved)))
+    differing = {k: v for k, v in settings.items() if k in defaults and k not in PATHS and v != defaults[k]}
+    return yaml.safe_dump(differing, sort_keys=False)
+
+
+def images_per_second(functions: list[Callable], images: Tensor) -> list[float]:
+    """Medians of rounds in which each function has its turn."""
+    turns = [partial(function, images) for function in functions]
+    calls = max(1, round(SECONDS_PER_ROUND / max(timeit(turn, number=1) for turn in turns)))
+    rounds = [[calls * len(images) / timeit(turn, number=calls) for turn in turns] for _ in range(ROUNDS)]
+    return [median(speeds) for speeds in zip(*rounds, strict=True)]
+
+
+@contextmanager
+def in_silence() -> Iterator[None]:
+    """Exporters tell their own story at length; what matters of it is raised."""
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def make(name: str, source: Source, path: Path) -> None:
+    """Write the format ``name``, compare and time it; what is found is printed."""
+    model, (height, width) = source.trained.model, source.images.shape[2:]
+    any_batch = source.dynamic_shapes is not None
+    batches = [torch.randn(n, 3, height, width) for n in ((1, 2, 3) if any_batch else (1, 1))]
+    try:
+        with in_silence():
+            exported = FORMATS[name](source, path)
+            difference = torch.cat([model(images) - exported(images) for images in batches]).abs().max().item()
+    except Exception as error:  # an exporter meets arbitrary models and fails in arbitrary ways
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error
+    takes = f"{'batches of any size' if any_batch else 'one image'} of {height} x {width} pixels"
+    print(f"{source.trained.config.MODEL.NAME} as {name} takes {takes}")
+    print(f"largest difference of a logit to the model's own: {difference:.1e} (allowed: {TOLERANCE:.0e})")
+    if not difference <= TOLERANCE:
+        raise UserError(f"{name} gives other logits than the model: {difference:.1e} is above {TOLERANCE:.0e}")
+    if name in GRAPHS:
+        images = torch.randn(TIMED_BATCH if any_batch else 1, 3, height, width)
+        there, here = images_per_second([exported, model], images)
+        print(f"images/s, {len(images)} at a time: {there:.1f}, the model {here:.1f}, ratio {there / here:.2f}")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="scripts/export.py", description=__doc__.partition(":")[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help="the trained model")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
+    parser.add_argument("--to", metavar="PATH", type=Path, help="a file, or for hf a folder; beside the checkpoint")
+    parser.add_argument("--image-size", metavar="N", type=int, nargs="+", help="or height and width; that of the run")
+    parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not of 1 alone")
+    parser.add_argument("--model", metavar="NAME", default="", help="timm name, for weights that do not say theirs")
+    given = parser.parse_args(arguments)
+    if given.image_size and (len(given.image_size) > 2 or min(given.image_size) < MIN_IMAGE_SIZE):
+        parser.error(f"--image-size takes one number or two, each at least {MIN_IMAGE_SIZE}")
+    if given.dynamic_batch and given.format not in GRAPHS:
+        parser.error(f"--dynamic-batch is for {' and '.join(GRAPHS)}; {given.format} takes any batch as it is")
+    if given.format == "onnx" and not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        raise UserError("--format onnx needs packages that are missing: pip install onnx onnxscript onnxruntime")
+    return given
+
+
+def may_replace(target: Path, as_folder: bool) -> bool:
+    """Whether nothing is lost: a file gives way to a file, a model's folder to another's files."""
+    if target.is_dir():
+        return as_folder and ((target / "config.json").is_file() or not any(target.iterdir()))
+    return not (as_folder and target.exists())
+
+
+@torch.no_grad()
+def export(arguments: list[str]) -> None:
+    given = parse(arguments)
+    file, suffix, as_folder = given.checkpoint, SUFFIXES[given.format], given.format == "hf"
+    trained = load_trained(str(file), torch.device("cpu"), given.model)
+    trained.model.to(memory_format=torch.contiguous_format)
+    torch.manual_seed(0)
+    size = ((given.image_size or [trained.config.DATA.IMG_SIZE]) * 2)[:2]
+    any_batch = given.dynamic_batch or given.format not in GRAPHS
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+    source = Source(trained, str(file), torch.randn(2 if any_batch else 1, 3, *size), shapes)
+    target = given.to or file.with_name((file.name if file.is_dir() else file.stem) + suffix)
+    try:
+        if target.resolve() == file.resolve() or not may_replace(target, as_folder):
+            raise UserError(f"{target} is there and not to be replaced; choose another --to")
+        with TemporaryDirectory(prefix=".export-", dir=target if target.is_dir() else target.parent) as folder:
+            written = Path(folder, "exported" + suffix)
+            make(given.format, source, written)
+            if as_folder:
+                target.mkdir(exist_ok=True)
+            for path in written.iterdir() if as_folder else [written]:
+                os.replace(path, target / path.name if as_folder else target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}; choose another --to") from error
+    print(f"in {target}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        export(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""Exporting a trained model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors import safe_open
+
+from config import build_config
+from engine.trained import load_trained
+from models import build_model
+from models.crossformer import VARIANTS
+from scripts import export
+
+NARROW = {
+    "MODEL.NAME": "crossformerpp_small", "MODEL.CROSSFORMER.EMBED_DIM": 32,
+    "MODEL.CROSSFORMER.DEPTHS": [1, 2, 4, 1], "MODEL.CROSSFORMER.GROUP_SIZE": [4, 4, [4, 4, 14, 14], 7],
+}  # fmt: skip
+"""With padding masks, progressive group sizes and an amplitude cooling layer."""
+FACTS = {"top1": 87.654321, "top5": 99.0, "loss": 0.5, "images": 360, "step": 220, "epoch": 5, "weights": "ema"}
+CPU = torch.device("cpu")
+
+
+def save_checkpoint(path, classes=3, **settings):
+    """As a run leaves it, with weights that give logits as large as a trained network's."""
+    flags = [(k, v, "") for k, v in {"DATA.IMG_SIZE": 64, "DATA.MEAN": [0.1, 0.2, 0.3], **settings}.items()]
+    config = build_config(str(ROOT / "configs/micro.yaml"), flags=flags)
+    torch.manual_seed(0)
+    model = build_model(config, classes)
+    for layer in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    content = {"config": config.dump(), "classes": [f"Möwe {i}" for i in range(classes)], **FACTS}
+    torch.save(content | {"model": model.state_dict()}, path)
+    return str(path)
+
+
+@torch.no_grad()
+def same(model, other, *shape):
+    images = torch.randn(shape)
+    return torch.allclose(model(images), other(images), atol=1e-4, rtol=0)
+
+
+def load_graph(path):
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    run = onnxruntime.InferenceSession(path).run
+    return lambda images: torch.from_numpy(run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix", "batch"), [("torch_export", "pt2", 5), ("onnx", "onnx", 5), ("onnx", "onnx", 1)]
+)
+def test_a_graph_computes_the_same_logits(tmp_path, form, suffix, batch):
+    """By the real command line, whose output is these four lines and nothing of the exporters'."""
+    file, to = save_checkpoint(tmp_path / "best.pth", **NARROW), tmp_path / f"best.{suffix}"
+    flags = ["--checkpoint", file, "--format", form, "--image-size", "96", "64", *["--dynamic-batch"] * (batch > 1)]
+    done = subprocess.run([sys.executable, "scripts/export.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    takes, timed = ("batches of any size", 8) if batch > 1 else ("one image", 1)
+    assert re.sub(r"\d+\.\d+(e[-+]\d+)?", "N", done.stdout) == (
+        f"crossformerpp_small as {form} takes {takes} of 96 x 64 pixels\n"
+        "largest difference of a logit to the model's own: N (allowed: 1e-04)\n"
+        f"images/s, {timed} at a time: N, the model N, ratio N\nin {to}\n"
+    )
+    assert sorted(os.listdir(tmp_path)) == sorted(["best.pth", to.name])
+    assert same(load_trained(file, CPU).model, load_graph(to), batch, 3, 96, 64)
+
+
+def test_safetensors(tmp_path):
+    file = save_checkpoint(tmp_path / "best.pth", **NARROW)
+    assert export.main(["--checkpoint", file, "--format", "safetensors"]) == 0
+    with safe_open(tmp_path / "best.safetensors", "pt") as written:
+        said = {key: json.loads(value) for key, value in written.metadata().items()}
+        weights = {key: written.get_tensor(key) for key in written.keys()}  # noqa: SIM118
+    assert (said["classes"], said["mean"], said["top1"]) == (["Möwe 0", "Möwe 1", "Möwe 2"], [0.1, 0.2, 0.3], 87.654321)
+    model = timm.create_model(said["architecture"], num_classes=3, **said["model_args"]).eval()
+    model.load_state_dict(weights)
+    assert same(model, load_trained(file, CPU).model, 2, 3, 64, 64)
+
+
+def test_a_folder_for_timm_and_the_hub(tmp_path):
+    file, folder = save_checkpoint(tmp_path / "best.pth", **NARROW), tmp_path / "best-hf"
+    folder.mkdir()
+    for _ in ("into an empty folder", "over a model's"):
+        assert export.main(["--checkpoint", file, "--format", "hf"]) == 0
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    trained, again = load_trained(file, CPU), load_trained(str(folder), CPU)
+    by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert same(trained.model, again.model, 2, 3, 64, 64)
+    assert same(trained.model, by_timm, 2, 3, 64, 64)
+    assert again.classes == trained.classes == by_timm.pretrained_cfg["label_names"]
+    data = timm.data.resolve_model_data_config(by_timm)
+    assert (data["input_size"], list(data["mean"]), data["crop_mode"]) == ((3, 64, 64), [0.1, 0.2, 0.3], "squash")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: mit\ntags: [image-")
+    assert "- top1: 87.6543\n" in card
+    (tmp_path / "run.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
+    assert build_config(str(tmp_path / "run.yaml")).dump() == torch.load(file)["config"]
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(folder / "image.png")
+    snippet, paths = card.partition("```python\n")[2].partition("```")[0], {"PYTHONPATH": str(ROOT / "models")}
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, env=os.environ | paths, stdout=subprocess.PIPE)
+    assert done.stdout.decode().strip() in trained.classes
+
+
+MISTAKES = {
+    "nowhere.pth --format hf": "nowhere.pth is not a file",
+    "{tmp}/text.pth --format onnx": "text.pth is damaged or not a checkpoint",
+    "{tmp}/plain.pth --format hf --model crossformer_smal": "did you mean crossformer_small?",
+    "{tmp}/best.pth --format hf --dynamic-batch": "hf takes any batch as it is",
+    "{tmp}/best.pth --format onnx --image-size 31": "--image-size takes one number or two, each at least 32",
+    "{tmp}/best.pth --format onnx --to {tmp}/nowhere/x.onnx": "x.onnx cannot be written: No such file",
+    "{tmp}/best.pth --format torch_export --to {tmp}": "is there and not to be replaced",
+    "{tmp}/best.pth --format hf --to {tmp}": "is there and not to be replaced",
+    "{tmp}/best.pth --format safetensors --to {tmp}/best.pth": "is there and not to be replaced",
+}
+
+
+def test_a_mistake_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "best.pth")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "plain.pth")
+    (tmp_path / "text.pth").write_text("no checkpoint")
+
+    def fails(arguments, message):
+        assert export.main(["--checkpoint", *arguments.format(tmp=tmp_path).split()]) == 2
+        assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
+        assert sorted(os.listdir(tmp_path)) == ["best.pth", "plain.pth", "text.pth"]
+
+    for arguments, message in MISTAKES.items():
+        fails(arguments, message)
+    monkeypatch.setattr(export, "TOLERANCE", -1)
+    fails("{tmp}/best.pth --format torch_export", "torch_export gives other logits than the model")
+    monkeypatch.setattr(export, "save_for_hf", lambda *_, **__: 1 / 0)
+    fails("{tmp}/best.pth --format hf", "best.pth cannot be exported as hf: division by zero")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    fails("{tmp}/best.pth --format onnx", "pip install onnx onnxscript onnxruntime")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch_export", "onnx"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant(tmp_path, name, form):
+    file = save_checkpoint(tmp_path / "best.pth", 1000, **{"MODEL.NAME": name})
+    for size in (["32"] if name == "crossformer_micro" else ["224"], ["256", "448"]):
+        assert export.main(["--checkpoint", file, "--format", form, "--dynamic-batch", "--image-size", *size]) == 0
