@@ -167,6 +167,16 @@ _C.TEST = CfgNode()
 _C.TEST.CROP = True
 # Share of the resized short side that the crop takes: 0.875 resizes to 256 for 224
 _C.TEST.CROP_PCT = 0.875
+# Average over views of each image: none | flip | five_crop (corners and centre of the square that CROP_PCT leaves)
+_C.TEST.VIEWS = "none"
+# --eval writes tables and a picture: each class, the confusion matrix, the calibration
+_C.TEST.REPORT = False
+# --eval of ImageNet's own validation images with all labels that fit each besides (ImageNet-ReaL)
+_C.TEST.REAL_LABELS = False
+
+_C.LOG = CfgNode()
+# Project of Weights & Biases to send the curves to as well; empty for none
+_C.LOG.WANDB = ""
 
 # Precision of the model: auto (bf16 on a GPU that has it, else fp16; none on a CPU) | bf16 | fp16 | none
 _C.AMP = "auto"
@@ -186,6 +196,7 @@ CHOICES = {
     "DATA.FORMAT": ("auto", "folder", "tar", "zip", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
+    "TEST.VIEWS": ("none", "flip", "five_crop"),
     "TRAIN.COMPILE": ("none", "default", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd", "fused_adam", "fused_lamb"),
@@ -220,7 +231,8 @@ MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
 
 NO_EFFECT = (
     "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
-    "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT", "PRINT_FREQ", "TAG", "TRAIN.ACCUMULATION_STEPS",
+    "LOG.WANDB", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT",
+    "TRAIN.ACCUMULATION_STEPS",
     "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
     "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
     "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS",
@@ -409,6 +421,8 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
         fail("TRAIN.EMA_DECAY", "must be below 1, for example 0.9999")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         fail("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
+    if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):
+        fail("TEST.VIEWS", "there is nothing to crop; set TEST.CROP True and TEST.CROP_PCT below 1, for example 0.875")
     if config.MODEL.RESUME and config.MODEL.PRETRAINED:
         fail("MODEL.PRETRAINED", "give either --resume (carry on a run) or --pretrained (start one), not both")
     for key in ("MODEL.NAME", "TAG", "OUTPUT"):

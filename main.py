@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--amp-opt-level", metavar="O0", help="of the removed apex.amp: O0 is --disable_amp; use AMP instead"
     )
+    flag("--report", "TEST.REPORT", action="store_true", help="--eval writes tables and a picture of its result")
     flag("--optim", "TRAIN.OPTIMIZER.NAME", metavar="NAME", help="adamw, sgd, fused_adam or fused_lamb")
     flag("--seed", "SEED", metavar="N", type=int, help="what every random choice is derived from")
     flag("--output", "OUTPUT", metavar="DIR", help="results go to OUTPUT/MODEL.NAME/TAG")

@@ -24,6 +24,7 @@ MAX_REPLACEMENTS = 100
 class Sample(NamedTuple):
     """One image ``(3, H, W)`` uint8 with its class and what remains to be done to it, or None instead of an image.
 
+    ``number`` is its place in the index.
     ``bad`` has a line for each file that could not be decoded, ``failure`` one that says why there can be no image at
     all (a file that cannot be opened, say). A worker hands both on instead of raising, which would lose the plain line.
     """
@@ -31,15 +32,17 @@ class Sample(NamedTuple):
     image: Tensor | None
     target: int
     plan: Plan = Plan()
+    number: int = -1
     bad: tuple[str, ...] = ()
     failure: str = ""
 
 
 @dataclass
 class Report:
-    """What comes with a batch and is not for the device: each image's plan; ``bad`` and ``failure`` as in a sample."""
+    """What comes with a batch besides: each image's plan and number; ``bad`` and ``failure`` as in a sample."""
 
     plans: list[Plan]
+    numbers: list[int]
     bad: list[str]
     failure: str
 
@@ -90,7 +93,7 @@ class ImageDataset(Dataset):
                 bad.append(f"{self.index.name(candidate)}: {str(error) or type(error).__name__}")
             else:
                 image, plan = self.transform(image)
-                return Sample(image, target, plan, tuple(bad))
+                return Sample(image, target, plan, candidate, tuple(bad))
         failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
         return Sample(None, 0, bad=tuple(bad), failure=failure)
 
@@ -123,6 +126,7 @@ def collate(samples: list[Sample], out: Tensor | None = None) -> Batch:
         place.copy_(sample.image)
     report = Report(
         [sample.plan for sample in present],
+        [sample.number for sample in present],
         [line for sample in samples for line in sample.bad],
         next((sample.failure for sample in samples if sample.failure), ""),
     )

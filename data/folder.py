@@ -21,6 +21,10 @@ class FileIndex(ImageIndex):
     ``arrays`` holds their ``names`` in that folder, one after the other, and the ``ends`` of these.
     """
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._folders = self.classes  # whatever the classes are called later
+
     def name_in_class(self, i: int) -> str:
         """The path of image ``i`` from its class's folder."""
         names, ends = self.arrays["names"], self.arrays["ends"]
@@ -28,7 +32,7 @@ class FileIndex(ImageIndex):
 
     def path(self, i: int) -> Path:
         """The file of image ``i``."""
-        return self.root / self.archives[0] / self.classes[self.labels[i]] / self.name_in_class(i)
+        return self.root / self.archives[0] / self._folders[self.arrays["labels"][i]] / self.name_in_class(i)
 
     def read(self, i: int) -> bytes:
         return self.path(i).read_bytes()

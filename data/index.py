@@ -65,7 +65,8 @@ class ImageIndex(ABC):
         return self.read(i), int(self.labels[i])
 
     def __reduce__(self):  # a spawned worker maps the file itself instead of being sent the arrays
-        return _reopen, (type(self), self.root, self.file, self.classes)
+        labels = None if self.labels is self.arrays["labels"] else self.labels
+        return _reopen, (type(self), self.root, self.file, self.classes, labels)
 
     @abstractmethod
     def read(self, i: int) -> bytes:
@@ -79,6 +80,11 @@ class ImageIndex(ABC):
     @abstractmethod
     def name(self, i: int) -> str:
         """Where image ``i`` is, for people: a path, or the archive and the name in it."""
+
+    def rename_classes(self, names: list[str]) -> "ImageIndex":
+        """The same images and classes, the latter by other names."""
+        self.classes = names
+        return self
 
     def with_classes(self, classes: list[str]) -> "ImageIndex":
         """The same images, their classes numbered as in ``classes``.
@@ -199,8 +205,12 @@ def _load(index_class: type[ImageIndex], root: Path, file: Path) -> tuple[ImageI
     return index_class(root, json.loads(metadata["classes"]), arrays, json.loads(metadata["archives"]), file), metadata
 
 
-def _reopen(index_class: type[ImageIndex], root: Path, file: Path, classes: list[str]) -> ImageIndex:
-    return _load(index_class, root, file)[0].with_classes(classes)
+def _reopen(
+    index_class: type[ImageIndex], root: Path, file: Path, classes: list[str], labels: np.ndarray | None
+) -> ImageIndex:
+    index = _load(index_class, root, file)[0]
+    index.classes, index.labels = classes, index.labels if labels is None else labels
+    return index
 
 
 def _load_fresh(layout: Layout, file: Path) -> ImageIndex | None:

@@ -89,7 +89,7 @@ class _Loader:
     def device(self) -> torch.device:
         return self.device_stage.device
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return _one_ahead(self._sound_batches(), self._to_device, self.device)
 
     def host_batches(self) -> Iterator[Batch]:
@@ -126,7 +126,7 @@ class _Loader:
             if len(batch.targets):
                 yield batch
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: Batch) -> tuple[Tensor, ...]:
         targets = batch.targets.pin_memory() if self.device.type == "cuda" else batch.targets
         return self.device_stage(batch.images, batch.report.plans), targets.to(self.device, non_blocking=True)
 
@@ -138,8 +138,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _one_ahead(
-    batches: Iterator[Batch], to_device: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+    batches: Iterator[Batch], to_device: Callable[[Batch], tuple[Tensor, ...]], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
     """Copy and prepare each batch on a stream of its own while the one before it is in use."""
     if device.type != "cuda":
         yield from map(to_device, batches)
@@ -157,7 +157,7 @@ def _one_ahead(
         yield _handed_over(*ready)
 
 
-def _handed_over(tensors: tuple[Tensor, Tensor], event: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+def _handed_over(tensors: tuple[Tensor, ...], event: torch.cuda.Event) -> tuple[Tensor, ...]:
     """Let the current stream wait for the tensors, and their memory wait for the current stream."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
@@ -186,4 +186,9 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """Every image once over all ranks."""
+    """Every image once over all ranks; a batch has the images' numbers in the index ``(B,)`` besides."""
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = torch.tensor(batch.report.numbers)
+        numbers = numbers.pin_memory() if self.device.type == "cuda" else numbers
+        return *super()._to_device(batch), numbers.to(self.device, non_blocking=True)

@@ -93,7 +93,9 @@ class EvalTransform:
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """Resize and crop the centre (``TEST.CROP``), or resize to a square."""
+    """Resize and crop the centre (``TEST.CROP``), or resize to a square. Five crops are for the device to make."""
     size = config.DATA.IMG_SIZE
     resize = round(size / config.TEST.CROP_PCT) if config.TEST.CROP else (size, size)
+    if config.TEST.VIEWS == "five_crop":
+        size = resize
     return EvalTransform(size, resize, InterpolationMode(config.DATA.INTERPOLATION))

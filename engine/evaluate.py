@@ -1,36 +1,90 @@
 """Evaluation: every image counts exactly once, on any number of processes and any batch size."""
 
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import five_crop
 
 from config import output_dir
-from data import build_loaders
+from data import Loaders, build_loaders
+from data.index import ImageIndex
 from data.loading import EvalLoader, naming_dead_workers
 from engine.model import compile_in_place, giga_macs, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
+from engine.real_labels import RealLabels, describe_real
+from engine.report import Report
 from models import load_weights
+from models.weights import classes_in
 from utils import checkpoint
 from utils.distributed import agreement, sum_over_ranks
 from utils.errors import UserError
 from utils.logger import RunLog
 
+IMAGENET = ImageNetInfo("imagenet-1k").label_names()
+NUMBERS = set(map(str, range(len(IMAGENET))))
+"""The WordNet ids of its 1,000 classes, in order, and these numbers as names."""
+
+Views = Callable[[Tensor], list[Tensor]]
+"""From images ``(B, 3, H, W)`` to what the model sees of them."""
+
+
+class Listener(Protocol):
+    """Is told every answer of an evaluation."""
+
+    def add(self, logits: Tensor, targets: Tensor, numbers: Tensor) -> None:
+        """One batch: ``(B, classes)``, ``(B,)``, and which images these are, ``(B,)``."""
+
+
+def build_views(config) -> Views:
+    """The views that ``TEST.VIEWS`` names, over whose probabilities an evaluation averages."""
+    size = [config.DATA.IMG_SIZE] * 2
+    return {
+        "none": lambda images: [images],
+        "flip": lambda images: [images, images.flip(-1)],
+        "five_crop": lambda images: list(five_crop(images, size)),
+    }[config.TEST.VIEWS]
+
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision) -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    precision: Precision,
+    views: Views,
+    among: Tensor | None = None,
+    listeners: Sequence[Listener] = (),
+) -> dict[str, float]:
     """Top-1 and top-5 in percent, mean cross entropy, and how many images they are of.
 
+    Args:
+        model: the plain model, not DDP: ranks may have different batch counts.
+        loader: the images; its classes are numbered as the model's.
+        precision: of the model.
+        views: see :func:`build_views`.
+        among: which classes may be answered, ``(classes,)``; all for None.
+        listeners: what else wants to know the answers.
+
     Counts are summed over images and ranks and divided once; the device is not waited for before the end.
-    A collective: every rank must call it, with the plain model (not DDP: ranks may have different batch counts).
+    A collective: every rank must call it.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, top-1, top-5, loss
-    for images, targets in loader:
+    for images, targets, numbers in loader:
         with precision.autocast():
-            logits = model(images).float()
+            answers = [model(view).float() for view in views(images)]
+        if among is not None:
+            answers = [logits.masked_fill(~among, -math.inf) for logits in answers]
+        logits = mean_of_probabilities(answers)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="none").double()
+        for listener in listeners:
+            listener.add(logits, targets, numbers)
         count = torch.full_like(sums[0], len(targets))
         sums += torch.stack([count, best[:, 0].sum(), best.sum(), loss.sum()])
     if was_training:
@@ -39,6 +93,13 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision) -> dict
     if images == 0:
         raise UserError(f"no validation image of {loader.dataset.index.root} can be decoded")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+
+
+def mean_of_probabilities(answers: list[Tensor]) -> Tensor:
+    """Logits whose probabilities are the mean of those of several ``(B, classes)``."""
+    if len(answers) == 1:
+        return answers[0]
+    return torch.stack([logits.log_softmax(dim=1) for logits in answers]).logsumexp(dim=0) - math.log(len(answers))
 
 
 def run_evaluation(config, device: torch.device) -> None:
@@ -50,24 +111,61 @@ def run_evaluation(config, device: torch.device) -> None:
             raise UserError(f"--eval evaluates a checkpoint: give --resume FILE, for example {example}")
         loaders = build_loaders(config, device, training=False)
         content = checkpoint.read(path)
-        model = prepare_model(config, len(loaders.classes), device)
-        giga_macs(model, config.DATA.IMG_SIZE, device)  # refuses an image size that the model does not take
-        check_classes(content, loaders.classes, path)
         candidates = {content.get("weights", "model"): checkpoint.state_dict_of(content, path)}
         if content.get("ema"):
             candidates["ema"] = content["ema"]
-        precision = choose_precision(config, device)
+        classes, present = number_as_the_model(loaders, content, next(iter(candidates.values())), config.MODEL.NAME)
+        model = prepare_model(config, len(classes), device)
+        giga_macs(model, config.DATA.IMG_SIZE, device)  # refuses an image size that the model does not take
+        check_classes(content, classes, path)
+        precision, views = choose_precision(config, device), build_views(config)
+        among = torch.tensor([name in present for name in classes], device=device) if present else None
+        report = Report(classes, device) if config.TEST.REPORT else None
+        real = RealLabels(loaders.val.dataset.index, classes, device) if config.TEST.REAL_LABELS else None
         log = RunLog(output_dir(config), config, "evaluate")
     if config.DATA.ON_BAD_IMAGE == "skip":
         loaders.val.on_bad_image = log.bad_image
     compile_in_place(config, model)
     with log, naming_dead_workers():
+        if present:
+            log.message(f"only the {len(present)} of the model's {len(classes)} classes that the data has are answers")
         for weights, state_dict in candidates.items():
             with agreement():
                 load_weights(model, state_dict, path, allow_new_head=False)
-            result = evaluate(model, loaders.val, precision)
+            result = evaluate(model, loaders.val, precision, views, among, [x for x in (report, real) if x])
+            note = f"{weights} of {path}"
+            if real:
+                result |= real.read()
+                note = f"{describe_real(result)}  {note}"
             values = {"step": content.get("step"), "epoch": content.get("epoch"), "weights": weights, **result}
-            log.evaluation(values, f"{weights} of {path}", checkpoint=path)
+            log.evaluation(values, note, checkpoint=path)
+            if report:
+                log.message(report.write(output_dir(config) / f"report_{weights}"))
+
+
+def number_as_the_model(
+    loaders: Loaders, content: dict, weights: dict[str, Tensor], name: str
+) -> tuple[list[str], set[str]]:
+    """Number the images' classes like the model ``name`` where the data has some of its classes only, or in disorder.
+
+    So a model of ImageNet's 1,000 classes is evaluated on ImageNet-A and -R, which have 200 of them, and on
+    ImageNet-V2, whose folders are named by their numbers.
+
+    Returns:
+        the classes of the model, and those that the data has if it has not all of them.
+    """
+    images, known = loaders.val.dataset.index, content.get("classes")
+    if known is None and classes_in(weights, name) == len(IMAGENET):
+        known = IMAGENET
+    if known is None or known == loaders.classes or not isinstance(images, ImageIndex):
+        return loaders.classes, set()
+    present = loaders.classes
+    if known == IMAGENET and set(present) <= NUMBERS:
+        present = images.rename_classes([IMAGENET[int(number)] for number in present]).classes
+    if not set(present) <= set(known):
+        return loaders.classes, set()
+    images.with_classes(known)
+    return known, set(present) if len(present) < len(known) else set()
 
 
 def check_classes(content: dict, classes: list[str], path: str) -> None:

@@ -17,7 +17,7 @@ from data import Loaders, build_loaders, build_mixing, fingerprint
 from data.loading import TrainLoader, naming_dead_workers
 from engine.checkpoints import Checkpoints
 from engine.ema import Ema
-from engine.evaluate import check_classes, evaluate
+from engine.evaluate import build_views, check_classes, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
 from engine.precision import Precision, choose_precision
@@ -360,7 +360,7 @@ def evaluate_and_keep_best(
     state.evaluated_step = state.step
     candidates = {"model": state.model, **({"ema": state.ema.module} if state.ema else {})}
     for weights, model in candidates.items():
-        result = evaluate(model, loaders.val, precision)
+        result = evaluate(model, loaders.val, precision, build_views(config))
         is_best = result["top1"] > state.best_top1
         if is_best:
             state.best_top1 = result["top1"]

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from config import build_config, default_config, flatten
 from models import build_model, load_weights
 from models.build import ARCHITECTURE
-from models.weights import variant_of
+from models.weights import classes_in, variant_of
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 
@@ -50,7 +50,9 @@ def load_trained(path: str, device: torch.device, name: str = "", image_size: in
     content = checkpoint.read(path)
     weights = content.get("ema") or checkpoint.state_dict_of(content, path)
     config = _config_of(content, weights, path, name, image_size)
-    num_classes = _num_classes(content, weights, config, path)
+    num_classes = classes_in(weights, config.MODEL.NAME)
+    if num_classes is None:
+        raise UserError(f"{path} has no head of {config.MODEL.NAME}, so it cannot tell classes apart")
     model = build_model(config, num_classes)
     load_weights(model, weights, path, allow_new_head=False)
     facts = {key: content[key] for key in ("step", "epoch", "top1", "top5", "loss", "images") if key in content}
@@ -99,17 +101,6 @@ def _preparation_of(pretrained_cfg: dict[str, Any], path: str) -> list[tuple[str
         "TEST.CROP_PCT": pretrained_cfg.get("crop_pct", default_config().TEST.CROP_PCT),
     }
     return [(key, value, path) for key, value in settings.items()]
-
-
-def _num_classes(content: dict, weights: dict[str, Tensor], config: CfgNode, path: str) -> int:
-    if content.get("classes"):
-        return len(content["classes"])
-    classifier = timm.get_pretrained_cfg(config.MODEL.NAME).classifier
-    ends = tuple(f"{name}.weight" for name in ([classifier] if isinstance(classifier, str) else classifier))
-    for key, value in weights.items():
-        if key.endswith(ends):
-            return len(value)
-    raise UserError(f"{path} has no head ({ends[0]}), so it cannot tell classes apart")
 
 
 def _classes_of(content: dict, num_classes: int) -> list[str]:

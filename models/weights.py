@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import timm
 from torch import Tensor, nn
 
 from models.crossformer import VARIANTS, checkpoint_filter_fn
@@ -30,8 +31,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *
     """
     weights = checkpoint_filter_fn(state_dict)
     own = model.state_dict()
-    classifier = model.pretrained_cfg["classifier"]
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = _heads(model.pretrained_cfg["classifier"])
     head = tuple(f"{name}." for name in heads)
     classes_in_file = len(weights[f"{heads[0]}.weight"]) if f"{heads[0]}.weight" in weights else None
     new_head = classes_in_file != model.num_classes
@@ -48,6 +48,18 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *
         raise UserError(f"{source} does not fit the model: {difference}{_advice(weights)}")
     model.load_state_dict(weights, strict=not new_head)
     return Loaded(len(weights), new_head, classes_in_file)
+
+
+def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
+    """How many classes the weights of timm's model ``name`` tell apart; None when they have no head."""
+    if not timm.is_model(name):
+        return None
+    weights, head = checkpoint_filter_fn(state_dict), _heads(timm.get_pretrained_cfg(name).classifier)[0]
+    return len(weights[f"{head}.weight"]) if f"{head}.weight" in weights else None
+
+
+def _heads(classifier: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier)
 
 
 def _difference(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:

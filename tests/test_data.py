@@ -280,7 +280,7 @@ def test_a_bad_image_stops_the_run_by_default_or_is_replaced(tmp_path):
         batches = list(skipping.train.micro_batches(0, 2))
         assert [len(images) for images, _ in batches] == [10, 10]
         assert skipping.train.skipped == 1
-        assert sum(len(images) for images, _ in skipping.val) == 20
+        assert sum(len(images) for images, *_ in skipping.val) == 20
         assert [line.split(":")[0] for line in lines] == [str(bad), str(tmp_path / "val" / "3" / "empty.png")]
 
 

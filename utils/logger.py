@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -49,7 +50,7 @@ class RunLog:
         self.epochs = total_steps // steps_per_epoch
         self.first_step = first_step
         self._start = time.perf_counter()
-        self._text = self._metrics = self._tensorboard = self._bar = None
+        self._text = self._metrics = self._tensorboard = self._wandb = self._bar = None
         if not is_main():
             return
         try:
@@ -68,6 +69,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to load: rank 0 of training only
 
             self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+            if config.LOG.WANDB:
+                from utils.wandb_run import start_wandb
+
+                self._wandb = start_wandb(folder, config, first_step)
             if sys.stdout.isatty():
                 self._bar = _progress_bar()
                 self._task = self._bar.add_task("starting", total=total_steps, completed=first_step, facts="")
@@ -103,8 +108,7 @@ class RunLog:
         if not is_main():
             return
         self._write_metrics({"event": "train", "step": step, **values})
-        for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait"):
-            self._tensorboard.add_scalar(f"train/{name}", values[name], step)
+        self._add_to_curves("train", values, ("loss", "lr", "grad_norm", "images_per_second", "data_wait"), step)
         left = (time.perf_counter() - self._start) / (step - self.first_step) * (self.total_steps - step)
         skipped = f"  {values['skipped_images']:,} images skipped" if values["skipped_images"] else ""
         skipped += f"  {values['skipped_steps']:,} steps skipped" if values["skipped_steps"] else ""
@@ -127,9 +131,7 @@ class RunLog:
         if not is_main():
             return
         self._write_metrics({"event": "eval", **values, **more})
-        if self._tensorboard:
-            for name in ("top1", "top5", "loss"):
-                self._tensorboard.add_scalar(f"{values['weights']}/{name}", values[name], values["step"])
+        self._add_to_curves(values["weights"], values, ("top1", "top5", "loss"), values["step"])
         epoch = f" {values['epoch']:>{len(str(self.epochs))}}/{self.epochs}" if self.epochs else ""
         ema = "  EMA" if values["weights"] == "ema" else ""
         self._say(
@@ -144,6 +146,8 @@ class RunLog:
         for file in (self._text, self._metrics, self._tensorboard):
             if file:
                 file.close()
+        if self._wandb:
+            self._wandb.finish()
 
     def _say(self, text: str) -> None:
         if self._bar:
@@ -152,6 +156,14 @@ class RunLog:
             print(text, flush=True)
         self._text.write(f"{time.strftime('%F %T')}  {text}\n")
         self._text.flush()
+
+    def _add_to_curves(self, group: str, values: dict[str, Any], names: Iterable[str], step: int) -> None:
+        curves = {f"{group}/{name}": values[name] for name in names}
+        if self._tensorboard:
+            for name, value in curves.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({**curves, "step": step})
 
     def _write_metrics(self, values: dict[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
