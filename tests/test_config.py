@@ -70,7 +70,7 @@ def test_a_flag_that_is_not_given_changes_nothing(tmp_path):
         "DATA": {"BATCH_SIZE": 6, "DATA_PATH": "here", "FORMAT": "tar", "CACHE_MODE": "part"},
         "MODEL": {"RESUME": "a.pth"},
         "TRAIN": {"ACCUMULATION_STEPS": 3, "USE_CHECKPOINT": True, "FORCE_RESUME": True, "OPTIMIZER": {"NAME": "sgd"}},
-        "AMP": "fp16", "SEED": 5, "OUTPUT": "out", "TAG": "mine",
+        "TEST": {"REPORT": True}, "AMP": "fp16", "SEED": 5, "OUTPUT": "out", "TAG": "mine",
     }  # fmt: skip
     import yaml
 
