@@ -160,7 +160,7 @@ def number_as_the_model(
     if known is None or known == loaders.classes or not isinstance(images, ImageIndex):
         return loaders.classes, set()
     present = loaders.classes
-    if known == IMAGENET and set(present) <= NUMBERS:
+    if known == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
         present = images.rename_classes([IMAGENET[int(number)] for number in present]).classes
     if not set(present) <= set(known):
         return loaders.classes, set()
