@@ -1,0 +1,103 @@
+"""What a computation launches, and what it keeps for its backward pass: counted, so that no noise reaches it."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
+"""Operations of aten whose schema does not say that they compute nothing: they allocate, view or look."""
+
+
+def count_kernels(run: Callable[[], object], device: torch.device) -> int:
+    """Kernels that ``run`` launches: as the GPU's profiler sees them; on a CPU, operations that compute something.
+
+    Of the latter, one that is a single kernel in eager mode counts once, whatever it does inside. What ``run`` does
+    for the first time only (fill a cache, choose an algorithm) does not count.
+    """
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize(device)
+        return sum(
+            event.device_type == DeviceType.CUDA
+            and not event.name.startswith(("Memcpy", "Memset"))
+            and not getattr(event, "is_user_annotation", False)
+            for event in profiler.events()
+        )
+    with _KernelCounter() as counter:
+        run()
+    return counter.count
+
+
+class _KernelCounter(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:  # in inference mode operations arrive that are made of others, as reshape of view and clone
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        self.count += launches(func)
+        return func(*args, **kwargs)
+
+
+def launches(operation: torch._ops.OpOverload) -> bool:
+    """Whether it computes something: not if all that it returns are views of what it was given, or no tensors."""
+    schema = operation._schema
+    tensors = [r for r in schema.returns if "Tensor" in str(r.type)]
+    views = all(r.alias_info is not None and not r.alias_info.is_write for r in tensors)
+    name = schema.name.partition("::")[2]
+    return bool(tensors) and not views and operation.namespace != "prim" and name not in NO_KERNEL
+
+
+def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes that ``run``, a forward pass, leaves in memory for the backward pass; each storage counts once.
+
+    They are what autograd saves, and what is still alive of all that was computed: so nothing is missed that keeps
+    tensors in a way of its own (recomputing does). ``parameters``, which are there anyway, do not count, nor do the
+    tensors that ``run`` returns.
+    """
+    run()  # what is cached at the first time is not for the backward pass
+    kept = _Kept()
+    with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor), kept:
+        result = run()
+    returned = {storage_key(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+    there_anyway = {storage_key(p) for p in parameters}
+    made = {key: size for key, (reference, size) in kept.made.items() if not reference.expired()}
+    made = {key: size for key, size in made.items() if key not in returned}
+    return sum(size for key, size in {**made, **kept.saved}.items() if key not in there_anyway)
+
+
+class _Kept(TorchDispatchMode):
+    """Every storage that is saved for the backward pass or made, and how many bytes it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: dict[int, int] = {}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def save(self, tensor: Tensor) -> Tensor:
+        self.saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                reference = StorageWeakRef(tensor.untyped_storage())  # as long as it is held, no other has its key
+                self.made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+        return result
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same for tensors that share their memory."""
+    return tensor.untyped_storage()._cdata
