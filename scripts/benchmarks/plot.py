@@ -9,8 +9,8 @@ from scripts.benchmarks.contenders import PLAIN
 FAMILIES = ("crossformer_", "crossformerpp_", "swin_", "convnext_", "vit_")
 """Each has a colour, and a plain implementation that of its variant."""
 
-LABEL_HEIGHT = 0.045
-"""Of the axis: labels nearer than this are moved apart."""
+LABEL_WIDTH, LABEL_HEIGHT = 0.27, 0.03
+"""As shares of the axis: labels nearer than this in both are moved apart."""
 
 
 def draw_models(report: dict, path: Path) -> None:
@@ -59,8 +59,8 @@ def draw_models(report: dict, path: Path) -> None:
     over_gmac.set(xlabel="GMAC of an image", title=f"batch {settings['batch_sizes'][-1]:,}")
     over_batch.set(xlabel="batch size", title="over the batch size")
     over_batch.set_xticks(settings["batch_sizes"], [f"{n:,}" for n in settings["batch_sizes"]])
-    over_batch.minorticks_off()
-    over_gmac.margins(x=0.18, y=0.08)
+    over_batch.xaxis.minorticks_off()
+    over_gmac.margins(x=0.18, y=0.15)
     legend = [Line2D([], [], color="grey", marker="o", linestyle="", label="inference")]
     legend.append(Line2D([], [], color="grey", marker="o", linestyle="", markerfacecolor="white", label="training"))
     legend.append(Line2D([], [], color="grey", linestyle="--", marker="X", label="plain implementation"))
@@ -72,19 +72,20 @@ def draw_models(report: dict, path: Path) -> None:
 
 
 def write_labels(axis, labels: list[tuple[float, float, str, str]]) -> None:
-    """Beside their points; pushed up where they would cover each other."""
+    """Beside their points, towards the middle; pushed up where they would cover each other."""
     to_axis = axis.transData + axis.transAxes.inverted()
     placed: list[tuple[float, float]] = []
     for gmac, speed, name, colour in sorted(labels, key=lambda label: label[1]):
         x, y = to_axis.transform((gmac, speed))
-        wanted = y
         for other_x, other_y in sorted(placed, key=lambda place: place[1]):
-            if abs(other_x - x) < 0.25 and abs(other_y - wanted) < LABEL_HEIGHT:
-                wanted = other_y + LABEL_HEIGHT
-        placed.append((x, wanted))
+            if abs(other_x - x) < LABEL_WIDTH and abs(other_y - y) < LABEL_HEIGHT:
+                y = other_y + LABEL_HEIGHT
+        placed.append((x, y))
+        left = x > 1 - LABEL_WIDTH
         axis.annotate(
-            name, (gmac, speed), (x + 0.02, wanted), textcoords=axis.transAxes, va="center", color=colour,
-            fontsize="small", arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, shrinkA=0, shrinkB=3),
+            name, (gmac, speed), (x - 0.02 if left else x + 0.02, y), textcoords=axis.transAxes,
+            va="center", ha="right" if left else "left", color=colour, fontsize="small",
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, shrinkA=0, shrinkB=3),
         )  # fmt: skip
 
 
