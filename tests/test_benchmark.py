@@ -1,6 +1,8 @@
 """``scripts/benchmark.py`` on the real command line, and what it counts. No test depends on how fast anything is."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio, within_memory
 from scripts.benchmarks.counting import count_kernels, saved_bytes
 
@@ -73,21 +76,86 @@ def test_step(tmp_path):
     assert saved["crossformer_micro, recompute full"] < 0.5 * saved["crossformer_micro"]
 
 
-def test_checkpoint(tmp_path):
-    done = run_benchmark("checkpoint", "--megabytes", "4", "--repeats", "1", "--output", tmp_path)
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> Path:
+    """What one run of all benchmarks without data has written, its standard output too."""
+    folder = tmp_path_factory.mktemp("all")
+    models = "crossformer_micro", "plain_crossformer_micro"
+    flags = "--models", *models, "--batch-sizes", "1", "--megabytes", "4", "--image-size", "32", "--repeats", "1"
+    done = run_benchmark("all", *flags, "--output", folder)
     assert done.returncode == 0, done.stderr
-    assert len(figures(tmp_path, "checkpoint")["seconds"]["loop with a save"]) == 1
-    assert not (tmp_path / "benchmark_checkpoint").exists()
+    (folder / "stdout").write_text(done.stdout)
+    return folder
 
 
-def test_all_says_what_it_leaves_out(tmp_path):
-    flags = "--models", "crossformer_micro", "--batch-sizes", "1", "--megabytes", "4", "--image-size", "32"
-    done = run_benchmark("all", *flags, "--repeats", "1", "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "data is left out: it needs --data-path" in done.stdout
-    assert {path.stem for path in tmp_path.glob("*.json")} == {
-        f"benchmark_{w}" for w in ("model", "step", "checkpoint")
-    }
+def test_all_says_what_it_leaves_out(everything):
+    assert "data is left out: it needs --data-path" in (everything / "stdout").read_text()
+    assert {path.stem for path in everything.glob("*.json")} == {
+        "benchmark_model", "benchmark_step", "benchmark_checkpoint",
+    }  # fmt: skip
+
+
+def test_checkpoint(everything):
+    assert len(figures(everything, "checkpoint")["seconds"]["loop with a save"]) == 1
+    assert not (everything / "benchmark_checkpoint").exists()
+
+
+def run_report(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/benchmarks/report.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_report(everything, tmp_path):
+    """Twice, since what stood between the two comments is replaced."""
+    folder, page = tmp_path / "figures", tmp_path / "page.md"
+    shutil.copytree(everything, folder)
+    model = figures(folder, "model")
+    model["models"][0]["batches"][0]["training"] = {"images_per_second": None, "memory_bytes": None}
+    (folder / "compiled").mkdir()
+    (folder / "compiled" / "benchmark_model.json").write_text(json.dumps(model))
+    (folder / "tests.log").write_text("...\n2 passed, 500 deselected in 61.20s (0:01:01)\n")
+    (folder / "crossformer_small" / "end_to_end").mkdir(parents=True)
+    lines = [{"event": "train", "step": i, "images_per_second": 10 * i, "data_wait": 0.25} for i in range(1, 6)]
+    lines.append({"event": "eval"})
+    metrics = folder / "crossformer_small" / "end_to_end" / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page.write_text("# Page\n\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\n\nThe end.\n")
+    for _ in range(2):
+        done = run_report(folder, page)
+        assert done.returncode == 0, done.stderr
+        text = page.read_text()
+        assert text.startswith("# Page\n\n<!-- gpu:begin -->\n\nMeasured on ")
+        assert text.endswith("\n<!-- gpu:end -->\n\nThe end.\n")
+    assert "old" not in text
+    assert "The tests marked `gpu`: 2 passed, 500 deselected in 61.20s (0:01:01)." in text
+    assert "Not measured: the input pipeline." in text
+    assert "35 images/s, of whose time 25.0 % is waiting for data (step 5; crossformer_small)" in text  # of 20 to 50
+    assert text.count("| out of memory |") == 1
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert sum(row.startswith("| crossformer_micro |") for row in rows) == 3  # twice a network, once a training step
+    tables = text.split("\n\n")
+    for table in (part.splitlines() for part in tables if part.startswith("| ")):
+        assert {line.count(" | ") for line in table} == {table[0].count(" | ")}
+
+
+def test_report_without_a_place_to_put_it(everything, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- gpu:begin -->\n")
+    done = run_report(everything, page)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {page} must have <!-- gpu:begin --> and after it <!-- gpu:end -->, each once\n"
+    done = run_report(tmp_path, page)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path} has no figures; scripts/gpu_report.sh writes them\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_report_needs_a_gpu():
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "scripts/gpu_report.sh"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: python on PATH has no torch that sees a GPU")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -103,23 +171,34 @@ def test_all_says_what_it_leaves_out(tmp_path):
         (["step", "--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["model", "--compile", "fast"], "--compile: invalid choice: 'fast'"),
         (["data"], "--data-path"),
-        (["data", "--data-path", "/nowhere"], "--data-path /nowhere has no folder train/"),
         (["speed"], "invalid choice: 'speed'"),
     ],
 )
-def test_what_a_user_can_mend(tmp_path, arguments, message):
-    done = run_benchmark(*arguments, *(["--output", tmp_path] if len(arguments) > 1 else []))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_what_a_user_can_mend(monkeypatch, capsys, tmp_path, arguments, message):
+    output = ["--output", str(tmp_path)] if len(arguments) > 1 else []
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, *output])
+    assert benchmark.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
 
 
-def test_output_that_cannot_be_written(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "--data-path", "/nowhere", "--output", "out"], "--data-path /nowhere has no folder train/"),
+        (["model", "--output", "file/below"], "--output file/below cannot be written to: Not a directory"),
+        (["model", "--models", "levit_128s", "--image-size", "50", "--output", "out"], "levit_128s does not take it"),
+    ],
+)
+def test_what_shows_once_it_has_begun(tmp_path, arguments, message):
     (tmp_path / "file").touch()
-    done = run_benchmark("model", "--output", tmp_path / "file" / "below")
+    command = [sys.executable, ROOT / "scripts" / "benchmark.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == f"error: --output {tmp_path}/file/below cannot be written to: Not a directory\n"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    assert message in line
 
 
 def test_contenders_run_in_turn():

@@ -1,5 +1,7 @@
 """The models that are raced: this project's, the plain implementation of each, and others of their size."""
 
+from functools import cache
+
 import timm
 import torch
 from plain_crossformer import plain
@@ -64,18 +66,19 @@ def create(name: str, image_size: int) -> nn.Module:
         return timm.create_model(name, num_classes=CLASSES, **sizes)
 
 
-def count_gmac(name: str, model: nn.Module, image_size: int) -> float:
+@cache
+def count_gmac(name: str, image_size: int) -> float:
     """Of one image. Both implementations of a variant have that of the plain one, which hides no operation.
 
     Raises:
         UserError: the model does not take images of this size.
     """
-    if name in VARIANTS:
-        model = create(PLAIN + name, image_size)
+    model = create(PLAIN + name if name in VARIANTS else name, image_size)
     try:
         return giga_macs(model, image_size, torch.device("cpu"))
     except UserError as error:
-        raise UserError(f"--image-size {image_size}: {name} does not take it: {error.__cause__}") from error
+        reason = str(error.__cause__).partition("\n")[0]
+        raise UserError(f"--image-size {image_size}: {name} does not take it: {reason}") from error
 
 
 def precision_of(name: str, device: torch.device) -> Precision:

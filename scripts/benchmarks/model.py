@@ -121,9 +121,9 @@ def prepare(name: str, arguments: Namespace, precision: Precision) -> Contender:
     """Create the model, count what it launches for one image, and compile it if that is asked for."""
     show_progress(f"creating {name}")
     device = precision.device
+    gmac = contenders.count_gmac(name.removeprefix(contenders.PLAIN), arguments.image_size)
     torch.manual_seed(0)
     model = contenders.create(name, arguments.image_size)
-    gmac = contenders.count_gmac(name, model, arguments.image_size)
     made = Contender(name, model.to(device, memory_format=torch.channels_last), precision, gmac)
     if arguments.compile == "none":
         batch = contenders.synthetic_batch(1, arguments.image_size, device)

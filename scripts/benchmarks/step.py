@@ -170,7 +170,7 @@ def lineup(arguments: Namespace, precision: Precision) -> dict[str, Callable[[],
 
     everyone: dict[str, Callable[[], Trainee]] = {}
     for name in arguments.models:
-        gmac = contenders.count_gmac(name, contenders.create(name, arguments.image_size), arguments.image_size)
+        gmac = contenders.count_gmac(name, arguments.image_size)
         swin = min(SWINS, key=lambda swin: abs(SWINS[swin] - gmac))
         for one in (name, contenders.PLAIN + name, swin):
             everyone[one] = trainee(one)
