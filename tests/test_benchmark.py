@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio, within_memory
@@ -269,3 +270,7 @@ def test_saved_bytes_of_what_is_recomputed():
     x = torch.ones(4, 8, requires_grad=True)
     assert saved_bytes(lambda: layer(x), layer.parameters()) == 128 + 4 * 64 * 4
     assert saved_bytes(lambda: checkpoint(layer, x, use_reentrant=False), layer.parameters()) == 128
+    # Selective: what is kept by a mode of torch's own and not saved by autograd counts too, 4 x 64 numbers
+    keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    kept = saved_bytes(lambda: checkpoint(layer, x, use_reentrant=False, context_fn=keep), layer.parameters())
+    assert kept == 128 + 4 * 64 * 4

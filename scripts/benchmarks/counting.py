@@ -1,5 +1,6 @@
 """What a computation launches, and what it keeps for its backward pass: counted, so that no noise reaches it."""
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -68,7 +69,9 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) ->
     """
     run()  # what is cached at the first time is not for the backward pass
     kept = _Kept()
-    with torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor), kept:
+    with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(kept.save, lambda tensor: tensor), kept:
+        # Selective recomputing passes such hooks by, today; either way its tensors are found
+        warnings.filterwarnings("ignore", message="A saved_tensors_hooks context", category=FutureWarning)
         result = run()
     returned = {storage_key(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
     there_anyway = {storage_key(p) for p in parameters}
