@@ -13,8 +13,9 @@ from timm.layers import get_notrace_modules
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from models.crossformer import VARIANTS, checkpoint_filter_fn
+from models.crossformer import VARIANTS, checkpoint_filter_fn, position_bias
 from models.crossformer.grouping import Grouping
+from models.crossformer.position_bias import attention_biases
 
 DATA = Path(__file__).parent / "data"
 CLASSIFICATION = json.loads((DATA / "classification.json").read_text())
@@ -99,17 +100,33 @@ def test_grouping_is_the_papers():
 @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (8, 6), (9, 30), (57, 57)])
 @pytest.mark.parametrize("interval", [1, 2, 8])
 def test_ungroup_inverts_group(shape, interval):
-    x = torch.randn(2, *shape, 3)
+    """Which takes the tokens as attention leaves them, with the channels cut into heads."""
+    x = torch.randn(2, *shape, 6)
     grouping = Grouping.of(*shape, 7, interval)
-    assert torch.equal(grouping.ungroup(grouping.group(x)), x)
+    heads = grouping.group(x).unflatten(-1, (2, 3)).transpose(1, 2)
+    assert torch.equal(grouping.ungroup(heads), x)
 
 
 def test_offsets_are_query_minus_key():
-    offsets, index = Grouping.of(2, 3, 7, 1).offsets(torch.device("cpu"))
+    grouping = Grouping.of(2, 3, 7, 1)
+    of_pair = grouping.for_each_pair(grouping.offsets(torch.device("cpu")).mT)
     position = [(y, x) for y in range(2) for x in range(3)]
     for q, (qy, qx) in enumerate(position):
         for k, (ky, kx) in enumerate(position):
-            assert offsets[index[q, k]].tolist() == [qy - ky, qx - kx]
+            assert of_pair[:, q, k].tolist() == [qy - ky, qx - kx]
+
+
+def test_biases_of_a_stage_are_those_of_each_block():
+    """Evaluated together they are what the paper's MLP gives for each block alone, at both group sizes of the stage."""
+    model = micro(depths=(3, 1, 1, 1), group_size=([4, 2, 4], 4, 4, 4))
+    fill(model)
+    layers = [block.attn.pos for block in model.layers[0].blocks]
+    groupings = [Grouping.of(8, 8, size, 1) for size in (4, 2, 4)]
+    for layer, grouping, bias in zip(layers, groupings, attention_biases(layers, groupings), strict=True):
+        mlp = nn.Sequential(layer.pos_proj, layer.pos1, layer.pos2, layer.pos3)
+        expected = grouping.for_each_pair(mlp(grouping.offsets(torch.device("cpu"))).mT)
+        assert bias.shape == (1, 1, grouping.rows**2, grouping.rows**2)
+        torch.testing.assert_close(bias[0], expected, rtol=0, atol=1e-5)
 
 
 def test_a_key_is_masked_unless_its_whole_group_is_padding():
@@ -132,12 +149,16 @@ def test_padding_reaches_nothing(height_width):
     out.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     attention = model.layers[0].blocks[0].attn
+
+    def attend(tokens: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+        return attention(tokens, grouping, *attention_biases([attention.pos], [grouping]))
+
     tokens = torch.randn(1, 9, 10, 32)
-    grouping = Grouping.of(9, 10, 7, 1)
-    alone = attention(tokens[:, :7, :7], Grouping(7, 7, 7, 7, 1))
-    assert torch.allclose(attention(tokens, grouping)[:, :7, :7], alone, atol=1e-6)
-    corner = attention(tokens[:, 7:, 7:], Grouping(2, 3, 2, 3, 1))
-    assert torch.allclose(attention(tokens, grouping)[:, 7:, 7:], corner, atol=1e-6)
+    whole = attend(tokens, Grouping.of(9, 10, 7, 1))
+    alone = attend(tokens[:, :7, :7], Grouping(7, 7, 7, 7, 1))
+    assert torch.allclose(whole[:, :7, :7], alone, atol=1e-6)
+    corner = attend(tokens[:, 7:, 7:], Grouping(2, 3, 2, 3, 1))
+    assert torch.allclose(whole[:, 7:, 7:], corner, atol=1e-6)
 
 
 def test_a_small_image_leaves_no_trace():
@@ -172,7 +193,7 @@ def test_cached_position_bias_follows_the_weights(change, mode):
     model, x = micro().eval(), torch.randn(1, 3, 64, 64)
     with mode():
         model(x)
-    assert model.layers[0].blocks[0].attn._cached_bias is not None
+    assert model.layers[0].blocks.bias_cache.is_filled
     for p in model.parameters():
         p.grad = torch.full_like(p, 0.1)
     change(model)
@@ -195,15 +216,22 @@ def test_position_bias_has_gradients_in_eval_mode():
             model(x)
 
 
-def test_position_bias_is_computed_once_a_forward_and_not_again_in_evaluation():
+def test_position_biases_are_computed_once_a_stage_and_not_again_in_evaluation(monkeypatch):
     model, x, calls = micro(), torch.randn(1, 3, 32, 32), []
-    model.layers[0].blocks[0].attn.pos.register_forward_hook(lambda *_: calls.append(1))
+
+    def counted(*args):
+        calls.append(1)
+        return evaluate_together(*args)
+
+    evaluate_together = position_bias.evaluate_together
+    monkeypatch.setattr(position_bias, "evaluate_together", counted)
     model(x)
-    assert len(calls) == 1
+    assert len(calls) == 4  # stages of two blocks each
+    model.eval()
     with torch.no_grad():
         for _ in range(3):
-            model.eval()(x) if not calls[1:] else model(x)
-    assert len(calls) == 2
+            model(x)
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -219,19 +247,35 @@ def test_autocast_and_its_end(dtype):
 
 def test_checkpointing_gives_the_same_gradients():
     x, gradients = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
+    for how in (dict(enable=False), dict(enable=True), dict(enable=True, selective=True)):
         model = micro(drop_path_rate=0.5)
-        model.set_grad_checkpointing(enable)
+        model.set_grad_checkpointing(**how)
         torch.manual_seed(1)
         model(x).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_stochastic_depth_is_linear_over_all_blocks():
     model = timm.create_model("crossformer_tiny", drop_path_rate=0.3)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.layers for block in stage.blocks]
+    rates = [block.drop_path_rate for stage in model.layers for block in stage.blocks]
     assert rates == pytest.approx(np.linspace(0, 0.3, 16).tolist())
+
+
+def test_stochastic_depth_drops_as_often_as_it_should_and_keeps_the_mean():
+    """For each branch of each image on its own; nothing is drawn where nothing can be dropped."""
+    first, second = (stage.blocks for stage in micro(drop_path_rate=0.7).layers[:2])
+    depths = second.draw_depths(20_000, torch.float32, torch.device("cpu"))
+    for block, depth in zip(second, depths, strict=True):
+        rate = block.drop_path_rate
+        assert depth.shape == (2, 20_000, 1, 1, 1)
+        assert depth.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+        assert (depth == 0).float().mean(1).flatten().tolist() == pytest.approx([rate, rate], abs=0.02)
+        both = ((depth == 0).all(0)).float().mean().item()
+        assert both == pytest.approx(rate**2, abs=0.02)
+    assert second.eval().draw_depths(2, torch.float32, torch.device("cpu")) == [None, None]
+    assert first.draw_depths(2, torch.float32, torch.device("cpu"))[0] is None
 
 
 def test_blocks_alternate_and_acl_is_where_the_paper_puts_it():
@@ -271,8 +315,8 @@ def test_arguments_that_describe_no_network(kwargs, message):
 def test_timm_contract(name):
     model = timm.create_model(name, num_classes=7, in_chans=4, drop_path_rate=0.1, drop_rate=0.1)
     x = torch.randn(2, 4, 64, 96)
-    for recompute in (False, True):
-        model.set_grad_checkpointing(recompute)
+    for how in (dict(enable=False), dict(enable=True), dict(enable=True, selective=True)):
+        model.set_grad_checkpointing(**how)
         model(x).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
         model.zero_grad()

@@ -1,5 +1,7 @@
 """The networks against an implementation that is written for clarity (plain_crossformer.py)."""
 
+from collections.abc import Iterator
+
 import pytest
 import timm
 import torch
@@ -46,13 +48,28 @@ def test_same_gradients(overrides):
 
 
 def test_same_stochastic_depth():
-    """The same branches are dropped by the same draws."""
-    outputs = []
-    for model in both("crossformer_micro", num_classes=10, drop_path_rate=0.5):
-        torch.manual_seed(3)
-        outputs.append(model.train()(images(3, 4, 3, 64, 64)))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-4)
-    assert not torch.allclose(outputs[0], model.eval()(images(3, 4, 3, 64, 64)), atol=1e-2)
+    """The same where the same branches are dropped: what is drawn for a stage at once goes to the plain blocks."""
+    model, reference = both("crossformer_micro", num_classes=10, drop_path_rate=0.5)
+    for stage, plain_stage in zip(model.train().layers, reference.layers, strict=True):
+        depths = stage.blocks.draw_depths(4, torch.float32, torch.device("cpu"))
+        stage.blocks.draw_depths = lambda *_, depths=depths: depths
+        for block, depth in zip(plain_stage.blocks, depths, strict=True):
+            block.drop_path = Scale(iter([1, 1] if depth is None else depth))
+    x = images(3, 4, 3, 64, 64)
+    out = model(x)
+    torch.testing.assert_close(out, reference(x), rtol=0, atol=1e-4)
+    assert not torch.allclose(out, both("crossformer_micro", num_classes=10)[0](x), atol=1e-2)
+
+
+class Scale(nn.Module):
+    """Multiplies with the next of some factors."""
+
+    def __init__(self, factors: Iterator):
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(self.factors)
 
 
 @pytest.mark.parametrize("fault", [dict(interval=(1, 1, 1, 1)), dict(group_size=(4, 4, 4, 8))])

@@ -47,26 +47,42 @@ class Grouping(NamedTuple):
         )  # fmt: skip
 
     def ungroup(self, tokens: Tensor) -> Tensor:
-        """The inverse of :meth:`group`; what was padded is cut off."""
+        """``(B * groups, heads, rows * columns, D)`` to ``(B, H, W, heads * D)``; what was padded is cut off."""
         bottom, right = self.padding
         x = rearrange(
             tokens,
-            "(b rh rw ih iw) (gh gw) c -> b (rh gh ih) (rw gw iw) c",
+            "(b rh rw ih iw) h (gh gw) d -> b (rh gh ih) (rw gw iw) (h d)",
             gh=self.rows, gw=self.columns, ih=self.interval, iw=self.interval,
             rh=(self.height + bottom) // (self.rows * self.interval),
             rw=(self.width + right) // (self.columns * self.interval),
         )  # fmt: skip
         return x[:, : self.height, : self.width] if bottom or right else x
 
-    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The distinct offsets between two tokens of a group, and which of them each pair of tokens has.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of a group."""
+        return self.rows, self.columns
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """The distinct offsets between two tokens of a group, query minus key.
 
         Returns:
-            offsets ``((2 * rows - 1) * (2 * columns - 1), 2)`` of (dy, dx) in steps of the interval, query minus key,
-            and an index ``(N, N)`` from (query, key) into them, N = rows * columns.
+            ``((2 * rows - 1) * (2 * columns - 1), 2)`` of (dy, dx) in steps of the interval.
         """
         make = _cached_offsets if may_cache() else _offsets
         return make(self.rows, self.columns, device)
+
+    def for_each_pair(self, table: Tensor) -> Tensor:
+        """From a value for each of the offsets, ``(..., offsets)``, to one for each pair ``(..., query, key)``.
+
+        The value of dy = y_query - y_key lies at row dy + rows - 1, so that of a key the queries' values are a window
+        of the table, and the window of the next key begins one row before. That needs no index, whose gradient
+        would be summed up pair by pair.
+        """
+        windows = table.unflatten(-1, (2 * self.rows - 1, 2 * self.columns - 1))
+        windows = windows.unfold(-2, self.rows, 1).unfold(-2, self.columns, 1)
+        pairs = rearrange(windows, "... key_y key_x query_y query_x -> ... query_y query_x key_y key_x").flip(-2, -1)
+        return rearrange(pairs, "... query_y query_x key_y key_x -> ... (query_y query_x) (key_y key_x)")
 
     def key_mask(self, device: torch.device) -> Tensor | None:
         """0 where a key is a token and -inf where it is padding, ``(groups, 1, 1, N)``; None when nothing is padded.
@@ -85,14 +101,9 @@ def may_cache() -> bool:
     return not torch.compiler.is_compiling() and detect_fake_mode() is None
 
 
-def _offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
-    all_dy, all_dx = torch.arange(1 - rows, rows, device=device), torch.arange(1 - columns, columns, device=device)
-    offsets = torch.cartesian_prod(all_dy, all_dx).float()
-    dy = (y[:, None] - y[None, :] + rows - 1)[:, None, :, None]
-    dx = (x[:, None] - x[None, :] + columns - 1)[None, :, None, :]
-    index = (dy * (2 * columns - 1) + dx).reshape(rows * columns, rows * columns)
-    return offsets, index
+def _offsets(rows: int, columns: int, device: torch.device) -> Tensor:
+    dy, dx = torch.arange(1 - rows, rows, device=device), torch.arange(1 - columns, columns, device=device)
+    return torch.cartesian_prod(dy, dx).float()
 
 
 def _key_mask(grouping: Grouping, device: torch.device) -> Tensor:
@@ -104,7 +115,7 @@ def _key_mask(grouping: Grouping, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _cached_offsets(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _cached_offsets(rows: int, columns: int, device: torch.device) -> Tensor:
     return _offsets(rows, columns, device)
 
 

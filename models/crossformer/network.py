@@ -6,13 +6,15 @@ Token maps are ``(B, H, W, C)`` throughout. State-dict keys are those of the pub
 The table of variants is at the end of the file; every variant is registered with timm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, register_notrace_module, trunc_normal_
+from timm.layers import Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
@@ -20,10 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .grouping import Grouping, may_cache
+from .position_bias import BiasCache, DynamicPositionBias
 
 MIN_IMAGE_SIZE = 32
 PATCH_KERNELS = (4, 8, 16, 32)
 PATCH_STRIDE = 4
+CELL_KERNEL = 16
 REDUCTION_KERNELS = (2, 4)
 REDUCTION_STRIDE = 2
 ACL_PERIOD = 3
@@ -32,30 +36,8 @@ PerBlock = int | Sequence[int]
 """A setting of one stage: a number for all its blocks, or one number for each block."""
 
 
-class DynamicPositionBias(nn.Module):
-    """An MLP from the offset between two tokens to one attention bias for each head.
-
-    Because it is a function of the offset, group size and image size are free. Source: CrossFormer, section 3.3.
-    """
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.pos_proj = nn.Linear(2, dim)
-        self.pos1 = self._layer(dim, dim)
-        self.pos2 = self._layer(dim, dim)
-        self.pos3 = self._layer(dim, num_heads)
-
-    @staticmethod
-    def _layer(dim: int, out_dim: int) -> nn.Sequential:
-        return nn.Sequential(nn.LayerNorm(dim), nn.ReLU(inplace=True), nn.Linear(dim, out_dim))
-
-    def forward(self, offsets: Tensor) -> Tensor:
-        """``(offsets, 2)`` to ``(offsets, heads)``."""
-        return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
-
-
 class CrossScaleAttention(nn.Module):
-    """Multi-head self-attention within the groups of a :class:`Grouping`, with a dynamic position bias.
+    """Multi-head self-attention within groups, with a position bias.
 
     Source: CrossFormer, section 3.2 and equation 1.
     """
@@ -66,49 +48,44 @@ class CrossScaleAttention(nn.Module):
         self.pos = DynamicPositionBias(dim // 16, num_heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self._cached_bias: tuple[tuple, Tensor] | None = None
 
-    def train(self, mode: bool = True):
-        self._cached_bias = None
-        return super().train(mode)
+    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape.
 
-    def _compute_bias(self, grouping: Grouping, dtype: torch.dtype) -> Tensor:
-        parameter = self.pos.pos_proj.weight
-        offsets, index = grouping.offsets(parameter.device)
-        table = self.pos(offsets.to(parameter.dtype))
-        bias = table.t()[:, index.reshape(-1)].reshape(1, self.num_heads, *index.shape)
-        return bias.to(dtype)
-
-    def position_bias(self, grouping: Grouping, dtype: torch.dtype) -> Tensor:
-        """The bias of each pair of tokens in a group, ``(1, heads, N, N)``.
-
-        In evaluation without gradients the last one is kept until the mode or the weights change. A write through
-        ``parameter.data`` that keeps the storage cannot be seen: call ``model.eval()`` after it.
+        Args:
+            grouping: of this map.
+            bias: position bias, and -inf where the key is padding, ``(1 or groups, heads, N, N)``.
         """
-        cacheable = not (self.training or torch.is_grad_enabled()) and may_cache()
-        if not cacheable or self.pos.pos_proj.weight.is_inference():
-            return self._compute_bias(grouping, dtype)
-        weights = tuple((p.data_ptr(), p._version) for p in self.pos.parameters())
-        key = (grouping.rows, grouping.columns, dtype, self.pos.pos_proj.weight.device, weights)
-        if self._cached_bias is None or self._cached_bias[0] != key:
-            self._cached_bias = key, self._compute_bias(grouping, dtype)
-        return self._cached_bias[1]
+        return self.attend(self.project(x, grouping), grouping, bias)
 
-    def forward(self, x: Tensor, grouping: Grouping) -> Tensor:
-        """``(B, H, W, C)`` to the same shape."""
-        tokens = grouping.group(x)
-        q, k, v = rearrange(self.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        bias = self.position_bias(grouping, q.dtype)
-        mask = grouping.key_mask(x.device)
-        if mask is not None:
-            bias = (bias + mask.to(bias.dtype)).repeat(x.shape[0], 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return grouping.ungroup(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+    def project(self, x: Tensor, grouping: Grouping) -> Tensor:
+        """``(B, H, W, C)`` to queries, keys and values in groups of N, ``(B * groups, N, 3 * C)``."""
+        return self.qkv(grouping.group(x))
+
+    def attend(self, qkv: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
+        """The rest of :meth:`forward`. What is ungrouped before the last product need not be copied after it."""
+        qkv = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        if len(bias) > 1:
+            bias = bias.repeat(qkv.shape[1] // len(bias), 1, 1, 1)
+        if bias.requires_grad and not bias.is_cuda:
+            tokens = explicit_attention(*qkv, bias)
+        else:
+            tokens = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
+        return self.proj(grouping.ungroup(tokens))
 
 
-@register_notrace_module  # torch.fx cannot follow the sizes of a map
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Equation 1 as it stands, ``(B, heads, N, D)`` each.
+
+    Only on CUDA has torch a kernel for it that differentiates the bias. Elsewhere scaled_dot_product_attention would
+    take these products too, and copy q, k and v one by one.
+    """
+    q, k, v = torch.stack([q * q.shape[-1] ** -0.5, k, v])
+    return (q @ k.mT + bias).softmax(dim=-1) @ v
+
+
 class CrossFormerBlock(nn.Module):
-    """Pre-norm attention and pre-norm MLP, each with stochastic depth; in CrossFormer++ some end with an ACL.
+    """Pre-norm attention and pre-norm MLP; in CrossFormer++ some blocks end with an ACL.
 
     The amplitude cooling layer (ACL) is a depthwise 3x3 convolution and a LayerNorm without a residual.
     Sources: CrossFormer, section 3; CrossFormer++, section 3.4.
@@ -121,28 +98,59 @@ class CrossFormerBlock(nn.Module):
         group_size: int,
         interval: int,
         mlp_ratio: float,
-        drop_path: float,
+        drop_path_rate: float,
         amplitude_cooling: bool,
     ):
         super().__init__()
         self.group_size = group_size
         self.interval = interval
+        self.drop_path_rate = drop_path_rate
+        self.selective_checkpointing = False
         self.norm1 = nn.LayerNorm(dim)
         self.attn = CrossScaleAttention(dim, num_heads)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if amplitude_cooling else None
         self.ex_ln = nn.LayerNorm(dim) if amplitude_cooling else None
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to the same shape."""
-        grouping = Grouping.of(x.shape[1], x.shape[2], self.group_size, self.interval)
-        x = x + self.drop_path(self.attn(self.norm1(x), grouping))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, depth: Tensor | None) -> Tensor:
+        """``(B, H, W, C)`` to the same shape.
+
+        Args:
+            grouping: of this map.
+            bias: as for :class:`CrossScaleAttention`.
+            depth: what the two branches of each image are multiplied with, ``(2, B, 1, 1, 1)``; None for 1.
+        """
+        attended = self.attend(x, grouping, bias)
+        x = x + (attended if depth is None else attended * depth[0])
+        transformed = self.transform(x)
+        x = x + (transformed if depth is None else transformed * depth[1])
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
+
+    def attend(self, x: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
+        """The branch with the attention, ``(B, H, W, C)`` to the same shape."""
+        if not (self.selective_checkpointing and self.training):
+            return self.attn(self.norm1(x), grouping, bias)
+        qkv = recomputed(lambda x: self.attn.project(self.norm1(x), grouping), x)
+        return recomputed(self.attn.attend, qkv, grouping, bias)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The branch with the MLP, ``(B, H, W, C)`` to the same shape."""
+        if not (self.selective_checkpointing and self.training):
+            return self.mlp(self.norm2(x))
+        hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)
+        return recomputed(lambda hidden: self.mlp.fc2(self.mlp.act(hidden)), hidden)
+
+
+def recomputed(function: Callable, *inputs: Any) -> Tensor:
+    """``function(*inputs)``, of which only the inputs and the result are kept for the backward pass.
+
+    Recomputing ends where the last operation's inputs are there again, so a matrix product at the end of ``function``
+    is not done twice.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @register_notrace_module
@@ -165,8 +173,26 @@ class PatchEmbed(nn.Module):
         """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
             raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
-        x = torch.cat([proj(x) for proj in self.projs], dim=1)
+        x = torch.cat([recomputed(convolve_cells, x, proj) if is_slow(proj) else proj(x) for proj in self.projs], dim=1)
         return self.norm(x.permute(0, 2, 3, 1))
+
+
+def is_slow(proj: nn.Conv2d) -> bool:
+    """Whether the gradient of the weights is slow to compute: for large kernels with few channels, 2 to 4 times."""
+    return proj.kernel_size[0] >= CELL_KERNEL and proj.weight.requires_grad and torch.is_grad_enabled()
+
+
+def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:
+    """The same as ``proj(x)`` on a map of cells (space to depth).
+
+    The pixels of a cell, as large as the stride, become channels: 48 instead of 3. Then the stride is 1 and the kernel
+    4 times smaller on each side, which is how matrix units like a convolution.
+    """
+    stride, padding = proj.stride[0], proj.padding[0]
+    needed = (stride * (size // stride - 1) + proj.kernel_size[0] for size in x.shape[-2:])
+    bottom, right = (pixels - size - padding for pixels, size in zip(needed, x.shape[-2:], strict=True))
+    cells = F.pixel_unshuffle(F.pad(x, (padding, right, padding, bottom)), stride)
+    return F.conv2d(cells, F.pixel_unshuffle(proj.weight, stride), proj.bias)
 
 
 class PatchMerging(nn.Module):
@@ -189,23 +215,76 @@ class PatchMerging(nn.Module):
         return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)
 
 
+@register_notrace_module  # torch.fx cannot follow the sizes of a map
+class Blocks(nn.ModuleList):
+    """The blocks of a stage, one after the other.
+
+    What they need besides the map is made for all of them at once.
+    """
+
+    def __init__(self, blocks: Iterable[CrossFormerBlock]):
+        super().__init__(blocks)
+        self.grad_checkpointing = False
+        self.bias_cache = BiasCache()
+
+    def train(self, mode: bool = True):
+        self.bias_cache.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape."""
+        dtype, (height, width) = product_dtype(x), x.shape[1:3]
+        groupings = [Grouping.of(height, width, block.group_size, block.interval) for block in self]
+        biases = self.bias_cache.biases([block.attn.pos for block in self], groupings, dtype)
+        depths = self.draw_depths(len(x), dtype, x.device)
+        for block, grouping, bias, depth in zip(self, groupings, biases, depths, strict=True):
+            if self.grad_checkpointing and self.training:
+                x = recomputed(block, x, grouping, bias, depth)
+            else:
+                x = block(x, grouping, bias, depth)
+        return x
+
+    def draw_depths(self, batch: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor | None]:
+        """Stochastic depth: for each block ``(2, B, 1, 1, 1)``, 0 for a branch that is left out of an image.
+
+        The others are scaled up, so that the mean stays. Source: Huang et al., arXiv 1603.09382.
+        """
+        rates = tuple(block.drop_path_rate for block in self)
+        if not self.training or not any(rates):
+            return [None] * len(self)
+        keep = (_cached_keep_rates if may_cache() else _keep_rates)(rates, device)
+        is_kept = torch.rand(len(keep), 2, batch, 1, 1, 1, device=device) < keep
+        depths = (is_kept / keep).to(dtype).unbind()
+        return [depth if rate else None for rate, depth in zip(rates, depths, strict=True)]
+
+
+def _keep_rates(drop_path_rates: tuple[float, ...], device: torch.device) -> Tensor:
+    return 1 - torch.tensor(drop_path_rates, device=device).reshape(-1, 1, 1, 1, 1, 1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _cached_keep_rates(drop_path_rates: tuple[float, ...], device: torch.device) -> Tensor:
+    return _keep_rates(drop_path_rates, device)
+
+
 class Stage(nn.Module):
     """The blocks that work at one resolution, and the down-sampling to the next (the caller applies it)."""
 
-    def __init__(self, blocks: Sequence[CrossFormerBlock], downsample: nn.Module):
+    def __init__(self, blocks: Blocks, downsample: nn.Module):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = blocks
         self.downsample = downsample
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to the same shape; ``downsample`` is not applied."""
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+        return self.blocks(x)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of ``x`` are computed in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class CrossFormer(nn.Module):
@@ -257,8 +336,8 @@ class CrossFormer(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=PATCH_STRIDE * REDUCTION_STRIDE**i, module=f"layers.{i}.blocks.{depth - 1}")
-            for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
+            dict(num_chs=dim, reduction=PATCH_STRIDE * REDUCTION_STRIDE**i, module=f"layers.{i}.blocks")
+            for i, dim in enumerate(dims)
         ]
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
@@ -271,12 +350,13 @@ class CrossFormer(nn.Module):
                     group_size=group_sizes[i][j],
                     interval=1 if j % 2 == 0 else intervals[i][j],  # short-distance, then long-distance attention
                     mlp_ratio=mlp_ratio,
-                    drop_path=drop_path_rates[i][j].item(),
+                    drop_path_rate=drop_path_rates[i][j].item(),
                     amplitude_cooling=amplitude_cooling and (j + 1) % ACL_PERIOD == 0 and j < depth - 1,
                 )
                 for j in range(depth)
             ]
-            self.layers.append(Stage(blocks, PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()))
+            downsample = PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()
+            self.layers.append(Stage(Blocks(blocks), downsample))
         self.norm = nn.LayerNorm(self.num_features)
         self.global_pool = _check_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
@@ -302,10 +382,15 @@ class CrossFormer(nn.Module):
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping what it computed."""
+    def set_grad_checkpointing(self, enable: bool = True, selective: bool = False) -> None:
+        """Recompute each block in the backward pass instead of keeping what it computed.
+
+        ``selective`` keeps the results of most matrix products and recomputes the rest: norms, attention, activations.
+        """
         for stage in self.layers:
-            stage.grad_checkpointing = enable
+            stage.blocks.grad_checkpointing = enable and not selective
+            for block in stage.blocks:
+                block.selective_checkpointing = enable and selective
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
