@@ -93,9 +93,10 @@ _C.TRAIN.CLIP_GRAD = 5.0
 _C.TRAIN.ACCUMULATION_STEPS = 1
 # Cut micro-batches that do not fit into the GPU's memory into parts; the result is the same
 _C.TRAIN.AUTO_MICRO_BATCH = False
-# Recompute activations in the backward pass: less memory, about a third more time
-_C.TRAIN.USE_CHECKPOINT = False
-# torch.compile mode: none | default | max-autotune-no-cudagraphs
+# Recompute in the backward pass instead of keeping: none | selective (all but most matrix products) | full (all);
+# selective keeps about half the memory, full a fifth for about a third more time. True means full, False none
+_C.TRAIN.USE_CHECKPOINT = "none"
+# torch.compile mode: none | default | reduce-overhead (CUDA graphs) | max-autotune-no-cudagraphs
 _C.TRAIN.COMPILE = "none"
 # Decay of the moving average of the weights, for example 0.9999; 0 keeps none
 _C.TRAIN.EMA_DECAY = 0.0
@@ -178,7 +179,7 @@ _C.LOG = CfgNode()
 # Project of Weights & Biases to send the curves to as well; empty for none
 _C.LOG.WANDB = ""
 
-# Precision of the model: auto (bf16 on a GPU that has it, else fp16; none on a CPU) | bf16 | fp16 | none
+# Precision of the model: auto (bf16 on a GPU that has it, else fp16; none on a CPU) | bf16 | fp16 | tf32 | none
 _C.AMP = "auto"
 _C.SEED = 0
 # Results go to OUTPUT/MODEL.NAME/TAG
@@ -188,7 +189,7 @@ _C.TAG = "default"
 _C.PRINT_FREQ = 10
 
 CHOICES = {
-    "AMP": ("auto", "bf16", "fp16", "none"),
+    "AMP": ("auto", "bf16", "fp16", "tf32", "none"),
     "AUG.DEVICE": ("auto", "cpu", "cuda"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "AUG.REMODE": ("pixel", "rand", "const"),
@@ -197,9 +198,10 @@ CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
     "TEST.VIEWS": ("none", "flip", "five_crop"),
-    "TRAIN.COMPILE": ("none", "default", "max-autotune-no-cudagraphs"),
+    "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd", "fused_adam", "fused_lamb"),
+    "TRAIN.USE_CHECKPOINT": ("none", "selective", "full"),
 }
 
 _ANY = float("inf")
@@ -235,7 +237,7 @@ NO_EFFECT = (
     "TRAIN.ACCUMULATION_STEPS",
     "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
     "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
-    "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS",
+    "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
 )  # fmt: skip
 """Settings that a resumed run may change freely (what matters of a batch is checked as the global batch)."""
 
@@ -359,6 +361,8 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
 
 def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     """``value`` as the type of ``default``, where nothing is lost by it."""
+    if key == "TRAIN.USE_CHECKPOINT" and isinstance(value, bool):
+        value = "full" if value else "none"  # as in the YAML files of other trainers
     if value is None and isinstance(default, str | list):
         return "none" if "none" in CHOICES.get(key, ()) else type(default)()
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -417,6 +421,11 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
         fail("DATA.STD", "each must be above 0")
     if not all(0 <= beta < 1 for beta in config.TRAIN.OPTIMIZER.BETAS):
         fail("TRAIN.OPTIMIZER.BETAS", "each must be at least 0 and below 1")
+    if config.TRAIN.COMPILE == "reduce-overhead":
+        if config.TRAIN.ACCUMULATION_STEPS > 1:
+            fail("TRAIN.COMPILE", "the gradients of a CUDA graph do not add up; set TRAIN.ACCUMULATION_STEPS 1")
+        if config.TRAIN.AUTO_MICRO_BATCH:
+            fail("TRAIN.COMPILE", "the gradients of a CUDA graph do not add up; set TRAIN.AUTO_MICRO_BATCH False")
     if config.TRAIN.EMA_DECAY == 1:
         fail("TRAIN.EMA_DECAY", "must be below 1, for example 0.9999")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:

@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     flag("--force-resume", "TRAIN.FORCE_RESUME", action="store_true", help="carry on although the data is another")
     flag("--pretrained", "MODEL.PRETRAINED", metavar="FILE", help="checkpoint whose weights to start from")
     flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", metavar="N", type=int, help="micro-batches of a step")
-    flag("--use-checkpoint", "TRAIN.USE_CHECKPOINT", action="store_true", help="recompute activations to save memory")
+    flag(
+        "--use-checkpoint", "TRAIN.USE_CHECKPOINT", action="store_const", const="full", help="recompute to save memory"
+    )
     flag("--disable_amp", "AMP", action="store_const", const="none", help="compute in single precision")
     p.add_argument(
         "--amp-opt-level", metavar="O0", help="of the removed apex.amp: O0 is --disable_amp; use AMP instead"

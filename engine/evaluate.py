@@ -14,7 +14,7 @@ from config import output_dir
 from data import Loaders, build_loaders
 from data.index import ImageIndex
 from data.loading import EvalLoader, naming_dead_workers
-from engine.model import compile_in_place, giga_macs, prepare_model, set_training_mode
+from engine.model import compile_in_place, giga_macs, is_compiled, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
 from engine.report import Report
@@ -76,8 +76,11 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, top-1, top-5, loss
     for images, targets, numbers in loader:
+        if is_compiled(model):
+            images = fill_up(images, loader.batches.batch_size)
         with precision.autocast():
-            answers = [model(view).float() for view in views(images)]
+            # A copy, for CUDA graphs write the next answer over this one
+            answers = [model(view)[: len(targets)].float().clone() for view in views(images)]
         if among is not None:
             answers = [logits.masked_fill(~among, -math.inf) for logits in answers]
         logits = mean_of_probabilities(answers)
@@ -93,6 +96,11 @@ def evaluate(
     if images == 0:
         raise UserError(f"no validation image of {loader.dataset.index.root} can be decoded")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
+
+
+def fill_up(images: Tensor, count: int) -> Tensor:
+    """``(B, 3, H, W)`` to ``(count, 3, H, W)`` with black images behind."""
+    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, count - len(images)))
 
 
 def mean_of_probabilities(answers: list[Tensor]) -> Tensor:

@@ -38,11 +38,19 @@ def set_training_mode(model: nn.Module) -> None:
 
 
 def compile_in_place(config, model: nn.Module) -> None:
-    """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay."""
+    """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay.
+
+    It is compiled for one size of batch in training and one in evaluation, see :func:`is_compiled`.
+    """
     if config.TRAIN.COMPILE != "none":
-        if config.TRAIN.USE_CHECKPOINT:
+        if config.TRAIN.USE_CHECKPOINT != "none":
             torch._dynamo.config.optimize_ddp = False  # not every torch can split recomputed blocks for DDP
-        model.compile(mode=config.TRAIN.COMPILE)
+        model.compile(mode=config.TRAIN.COMPILE, dynamic=False)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether every new size of batch costs minutes."""
+    return model._compiled_call_impl is not None
 
 
 def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:

@@ -51,6 +51,7 @@ def run_throughput(config, device: torch.device) -> dict:
             model(images)
 
     def training_step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         with precision.autocast():
             loss = criterion(model(images), targets)
         scaler.scale(loss).backward()

@@ -128,6 +128,7 @@ def take_steps(
         learning_rate = schedule(step)
         set_learning_rate(state.optimizer, learning_rate)
         step_loss = torch.zeros((), device=device)
+        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs returned in the step before may be overwritten
         for micro_step in range(accumulation):
             images, targets = next(batches)
             seed_everything(device, config.SEED, "step", step, micro_step, rank())  # nothing random is ever stored

@@ -3,6 +3,7 @@
 import timm
 from torch import nn
 
+from models.crossformer import CrossFormer
 from utils.errors import UserError, did_you_mean
 
 ARCHITECTURE = {
@@ -40,9 +41,20 @@ def build_model(config, num_classes: int) -> nn.Module:
             raise
         setting = str(error).split("'")[1].upper()
         raise UserError(f"MODEL.NAME {name} has no {setting.lower()}: set MODEL.{setting} 0") from error
-    if config.TRAIN.USE_CHECKPOINT:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError) as error:
-            raise UserError(f"MODEL.NAME {name} cannot recompute: set TRAIN.USE_CHECKPOINT False") from error
+    if config.TRAIN.USE_CHECKPOINT != "none":
+        recompute(model, name, config.TRAIN.USE_CHECKPOINT)
     return model
+
+
+def recompute(model: nn.Module, name: str, how: str) -> None:
+    """Let the backward pass recompute what it needs: ``full``, or for a CrossFormer ``selective``.
+
+    Raises:
+        UserError: the model ``name`` cannot.
+    """
+    if how == "selective" and not isinstance(model, CrossFormer):
+        raise UserError(f"TRAIN.USE_CHECKPOINT selective: MODEL.NAME {name} is no CrossFormer; use full or none")
+    try:
+        model.set_grad_checkpointing(True, **({"selective": True} if how == "selective" else {}))
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f"MODEL.NAME {name} cannot recompute: set TRAIN.USE_CHECKPOINT none") from error

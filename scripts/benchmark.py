@@ -30,7 +30,7 @@ from utils.errors import Parser, UserError
 BENCHMARKS = {
     "model": benchmark_model, "step": benchmark_step, "data": benchmark_data, "checkpoint": benchmark_checkpoint,
 }  # fmt: skip
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "tf32", "fp32")
 AT_LEAST = {"image_size": 32}
 """The smallest number that an option may have; 1 where nothing is said."""
 

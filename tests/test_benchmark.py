@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from scripts import benchmark
@@ -263,6 +264,19 @@ def test_saved_bytes_are_counted_exactly():
     assert saved_bytes(run) == 256  # the weight needs no saving here: nothing asks for the gradient of x
     with torch.no_grad():
         assert saved_bytes(run, [weight]) == 0
+
+
+def test_what_was_counted_is_freed():
+    """Also what an operation keeps of its own result."""
+    x, made = torch.ones(8, 8, requires_grad=True), []
+
+    def run():
+        y = x.exp()
+        made.append(StorageWeakRef(y.untyped_storage()))
+        return y.sum()
+
+    assert saved_bytes(run) == 256
+    assert all(reference.expired() for reference in made)
 
 
 def test_saved_bytes_of_what_is_recomputed():

@@ -86,10 +86,14 @@ def test_flags_of_the_swin_family():
     c, mode = parse(f"{flags} --output o --tag t --optim sgd --seed 3 --eval".split())
     assert mode == "evaluate"
     assert (c.DATA.BATCH_SIZE, c.DATA.DATA_PATH, c.MODEL.PRETRAINED, c.TRAIN.ACCUMULATION_STEPS) == (4, "d", "p", 2)
-    assert (c.TRAIN.USE_CHECKPOINT, c.AMP, c.OUTPUT, c.TAG, c.TRAIN.OPTIMIZER.NAME) == (True, "none", "o", "t", "sgd")
+    assert (c.TRAIN.USE_CHECKPOINT, c.AMP, c.OUTPUT, c.TAG, c.TRAIN.OPTIMIZER.NAME) == ("full", "none", "o", "t", "sgd")
     assert c.SEED == 3
     assert parse(["--resume", "r", "--throughput"])[1] == "throughput"
     assert parse(["--amp-opt-level", "O0"])[0].AMP == "none"
+    assert [build_config("", ["TRAIN.USE_CHECKPOINT", t]).TRAIN.USE_CHECKPOINT for t in ("True", "False")] == [
+        "full",
+        "none",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +112,11 @@ def test_flags_of_the_swin_family():
         ("TRAIN.BASE_LR -1", "TRAIN.BASE_LR -1.0 .* at least 0"),
         ("TRAIN.AUTO_RESUME 1", "TRAIN.AUTO_RESUME must be True or False"),
         ("TRAIN.WARMUP_EPOCHS 300", "TRAIN.WARMUP_EPOCHS 300 .* below TRAIN.EPOCHS 300"),
-        ("AMP off", r"AMP must be a text \(auto \| bf16 \| fp16 \| none\), not False"),
+        ("AMP off", r"AMP must be a text \(auto \| bf16 \| fp16 \| tf32 \| none\), not False"),
         ("AMP bf61", "AMP bf61 .* did you mean bf16"),
+        ("TRAIN.USE_CHECKPOINT half", "TRAIN.USE_CHECKPOINT half .* choose one of none, selective, full"),
+        ("TRAIN.COMPILE reduce-overhead TRAIN.ACCUMULATION_STEPS 2", "TRAIN.COMPILE .* set TRAIN.ACCUMULATION_STEPS 1"),
+        ("TRAIN.COMPILE reduce-overhead TRAIN.AUTO_MICRO_BATCH True", "TRAIN.COMPILE .* TRAIN.AUTO_MICRO_BATCH False"),
         ("AUG.SCALE 0.5", "AUG.SCALE must be a list"),
         ("AUG.SCALE [0.9,0.5]", "AUG.SCALE .* a smallest value"),
         ("AUG.SCALE [a,b]", "AUG.SCALE .* 2 numbers"),

@@ -391,16 +391,6 @@ def test_filter_takes_off_prefixes_and_computed_buffers():
     assert list(checkpoint_filter_fn(dict.fromkeys(keys, tensor))) == ["norm.weight", "norm.bias", "head.bias"]
 
 
-def test_compiles_without_a_graph_break():
-    model, x = micro(), torch.randn(2, 3, 32, 32)
-    expected_train, expected_eval = model(x), model.eval()(x)
-    torch._dynamo.reset()
-    model.compile(fullgraph=True, backend="aot_eager")
-    assert torch.allclose(model.train()(x), expected_train, atol=1e-4)
-    with torch.no_grad():
-        assert torch.allclose(model.eval()(x), expected_eval, atol=1e-4)
-
-
 def test_fake_tensors_leave_no_trace():
     """Estimators of memory and operations run a model on tensors without values: none may stay in a cache."""
     from torch._subclasses import FakeTensorMode

@@ -46,7 +46,18 @@ def test_a_batch_with_more_groups_than_a_grid_dimension():
         assert torch.allclose(model(x)[-2:], small, atol=0.05)
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_cuda_graphs_train_and_evaluate_the_same(run_main, digits):
+    """37 images to evaluate: the last batch is not a whole one."""
+    results = []
+    for mode in ("none", "reduce-overhead"):
+        flags = ("MODEL.DROP_PATH_RATE", "0", "AMP", "none", "TRAIN.COMPILE", mode, "TEST.VIEWS", "flip", "--tag", mode)
+        result = run_main(*TINY_RUN, *flags, "--data-path", digits, "--batch-size", "12", tag=mode)
+        results.append((result.losses(), [event["loss"] for event in result.events("eval")]))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-3)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-3)
+
+
+@pytest.mark.parametrize("amp", ["none", "tf32", "bf16", "fp16"])
 def test_a_run_trains_and_carries_on(run_main, digits, amp):
     flags = (*TINY_RUN, "AMP", amp, "AUG.MIXUP", "0.8", "TRAIN.EMA_DECAY", "0.9", "--data-path", digits)
     first = run_main(*flags, "--batch-size", "12", "--accumulation-steps", "2")

@@ -53,6 +53,16 @@ def test_help_names_every_flag(run_main):
             ["--throughput", "--opts", "TRAIN.OPTIMIZER.NAME", "fused_lamb", "MODEL.NAME", "crossformer_micro"],
             "fused_adam and fused_lamb: needs NVIDIA apex",
         ),
+        pytest.param(
+            ["--throughput", "--opts", "AMP", "tf32"],
+            "AMP tf32: the device is cpu, which does not have it; use AMP bf16",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it"),
+        ),
+        (
+            ["--throughput", "--opts", "MODEL.NAME", "resnet18", "MODEL.DROP_PATH_RATE", "0"]
+            + ["TRAIN.USE_CHECKPOINT", "selective"],
+            "TRAIN.USE_CHECKPOINT selective: MODEL.NAME resnet18 is no CrossFormer; use full or none",
+        ),
         (["--eval"], "--eval evaluates a checkpoint: give --resume FILE"),
     ],
 )

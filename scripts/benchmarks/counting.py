@@ -90,7 +90,7 @@ class _Kept(TorchDispatchMode):
 
     def save(self, tensor: Tensor) -> Tensor:
         self.saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a result that its own operation keeps would otherwise never be freed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))

@@ -51,6 +51,7 @@ class Contender:
 
     def run(self, kind: str, images: torch.Tensor, targets: torch.Tensor) -> None:
         """``inference`` or ``training`` of a batch."""
+        torch.compiler.cudagraph_mark_step_begin()
         if kind == "inference":
             with torch.inference_mode(), self.precision.autocast():
                 self.model(images)

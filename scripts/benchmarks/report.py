@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from scripts.benchmarks.common import ratio, rounded
 from scripts.benchmarks.contenders import PLAIN
 from scripts.benchmarks.model import KINDS, tflops
-from scripts.benchmarks.step import PARTS
+from scripts.benchmarks.step import PARTS, compared_with
 from utils.errors import Parser, UserError
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
@@ -137,11 +137,11 @@ def step_part(report: dict) -> str:
     figures = {step["name"]: step["images_per_second"] for step in report["steps"]}
     rows = []
     for step in report["steps"]:
-        values, (variant, _, how) = step["images_per_second"], step["name"].partition(", ")
+        values = step["images_per_second"]
         if values is None:
             rows.append([step["name"], NO_MEMORY, *[""] * (len(PARTS) + 2)])
             continue
-        plain = figures.get(PLAIN + variant + (", compiled" if how == "compiled" else ""))
+        plain = figures.get(compared_with(step["name"]))
         rows.append(
             [
                 step["name"],

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,7 @@ from engine.ema import Ema
 from engine.precision import Precision
 from engine.skipping import SkippedSteps
 from engine.train import build_criterion, build_ema, set_learning_rate, update_weights
+from models.build import recompute
 from models.crossformer import VARIANTS
 from optimizer import build_optimizer
 from scripts.benchmarks import contenders
@@ -38,13 +40,13 @@ from utils.errors import UserError, did_you_mean
 from utils.meters import DeviceMeters
 from utils.randomness import seed_everything
 
-RECOMPUTING = CHOICES.get("TRAIN.USE_CHECKPOINT", (False, True))[1:]
-"""What ``set_grad_checkpointing`` takes besides off."""
+RECOMPUTING = CHOICES["TRAIN.USE_CHECKPOINT"][1:]
 
 SWINS = {"swin_tiny": 4.5, "swin_small": 8.7, "swin_base": 15.4}
 """The published GMAC of each, to choose the one of similar size."""
 
 PARTS = ("forward", "backward", "clip + optimizer", "EMA + meters")
+PLAIN_STEP = "plain step"
 EMA_DECAY = "0.9999"
 SECONDS_PER_MEASUREMENT = 0.5
 
@@ -68,6 +70,7 @@ class Trainee:
             return self.criterion(self.model(images), targets)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, part_ended: Callable[[], None] = lambda: None) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
         set_learning_rate(self.optimizer, self.learning_rate)
         seed_everything(self.device, 0, "step", self.taken, 0, 0)
         try:
@@ -90,6 +93,36 @@ class Trainee:
         """Of weights, moving average and the optimizer's moments."""
         states = self.model.state_dict(), self.ema.module.state_dict(), self.optimizer.state_dict()["state"]
         return sum(t.nbytes for t in tree_leaves(states) if isinstance(t, torch.Tensor))
+
+
+class PlainTrainee(Trainee):
+    """With a step as it is first written: torch's default optimizer, the average one weight at a time, ``.item()``."""
+
+    def __init__(self, model: nn.Module, precision: Precision):
+        super().__init__(model, precision)
+        groups = [
+            {"params": group["params"], "weight_decay": group["weight_decay"]} for group in self.optimizer.param_groups
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        self.ema = ModelEmaV3(model, decay=float(EMA_DECAY), foreach=False)
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor, part_ended: Callable[[], None] = lambda: None) -> None:
+        try:
+            loss = self.loss(images, targets)
+            part_ended()
+            self.scaler.scale(loss).backward()
+            part_ended()
+            self.scaler.unscale_(self.optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        finally:
+            self.optimizer.zero_grad()
+        part_ended()
+        self.taken += 1
+        self.ema.update(self.model, self.taken)
+        self.last = loss.item(), grad_norm.item()
+        part_ended()
 
 
 class Marks:
@@ -156,13 +189,13 @@ def benchmark_step(arguments: Namespace) -> None:
 def lineup(arguments: Namespace, precision: Precision) -> dict[str, Callable[[], Trainee]]:
     """Who takes part: each variant on its own and recomputing, its plain implementation and a Swin; and compiled."""
 
-    def trainee(name: str, recompute: bool | str = False, mode: str = "none") -> Callable[[], Trainee]:
+    def trainee(name: str, how: str = "none", mode: str = "none", kind: type = Trainee) -> Callable[[], Trainee]:
         def make() -> Trainee:
             torch.manual_seed(0)
             model = contenders.create(name, arguments.image_size)
-            if recompute:
-                model.set_grad_checkpointing(recompute)
-            made = Trainee(model, precision)
+            if how != "none":
+                recompute(model, name, how)
+            made = kind(model, precision)
             contenders.compile_model(model, mode)
             return made
 
@@ -174,9 +207,10 @@ def lineup(arguments: Namespace, precision: Precision) -> dict[str, Callable[[],
         swin = min(SWINS, key=lambda swin: abs(SWINS[swin] - gmac))
         for one in (name, contenders.PLAIN + name, swin):
             everyone[one] = trainee(one)
-            for recompute in RECOMPUTING if one == name else ():
-                kind = "full" if recompute is True else recompute
-                everyone[f"{one}, recompute {kind}"] = trainee(one, recompute=recompute)
+            for how in RECOMPUTING if one == name else ():
+                everyone[f"{one}, recompute {how}"] = trainee(one, how)
+            if one.startswith(contenders.PLAIN):
+                everyone[f"{one}, {PLAIN_STEP}"] = trainee(one, kind=PlainTrainee)
             if arguments.compile != "none":
                 everyone[f"{one}, compiled"] = trainee(one, mode=arguments.compile)
     return everyone
@@ -207,13 +241,22 @@ def measurement(trainee: Trainee, batch: tuple, parts: list[list[float]]) -> Cal
     return lambda: within_memory(measure)
 
 
+def compared_with(name: str) -> str:
+    """Whose step: compiled with compiled; recomputing with the plain network, which does not know how to."""
+    variant, _, how = name.partition(", ")
+    if how == PLAIN_STEP:
+        return variant
+    return contenders.PLAIN + variant + (", compiled" if how == "compiled" else "")
+
+
 def step_table(report: dict):
     """One row for each that took part."""
     settings, on_gpu = report["settings"], report["machine"]["device"] != "no GPU"
     shown = table(
         f"training step, batch {settings['batch_size']:,}, {settings['image_size']} x {settings['image_size']}, "
-        f"{report['precision']}, compile {settings['compile']}; ms, medians of {settings['repeats']}",
-        "", "images/s", "+-", "x plain", "ms", "forward", "backward", "update", "EMA", "MB" if on_gpu else "MB saved",
+        f"{report['precision']}, compile {settings['compile']}; ms, medians of {settings['repeats']}; "
+        f"MB {'at most' if on_gpu else 'kept for the backward pass'}",
+        "", "images/s", "+-", "x plain", "ms", "forward", "backward", "update", "EMA", "MB",
     )  # fmt: skip
     figures = {step["name"]: step["images_per_second"] for step in report["steps"]}
     for step in report["steps"]:
@@ -223,8 +266,7 @@ def step_table(report: dict):
         if values is None:
             shown.add_row(label, "no memory")
             continue
-        # compiled against compiled; recomputing against the plain one, which does not know how to
-        plain = figures.get(contenders.PLAIN + variant + (", compiled" if how == "compiled" else ""))
+        plain = figures.get(compared_with(step["name"]))
         median = statistics.median(values)
         parts = [statistics.median(step["parts_milliseconds"][part]) for part in PARTS]
         shown.add_row(
