@@ -423,9 +423,9 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
         fail("TRAIN.OPTIMIZER.BETAS", "each must be at least 0 and below 1")
     if config.TRAIN.COMPILE == "reduce-overhead":
         if config.TRAIN.ACCUMULATION_STEPS > 1:
-            fail("TRAIN.COMPILE", "the gradients of a CUDA graph do not add up; set TRAIN.ACCUMULATION_STEPS 1")
+            fail("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.ACCUMULATION_STEPS 1")
         if config.TRAIN.AUTO_MICRO_BATCH:
-            fail("TRAIN.COMPILE", "the gradients of a CUDA graph do not add up; set TRAIN.AUTO_MICRO_BATCH False")
+            fail("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.AUTO_MICRO_BATCH False")
     if config.TRAIN.EMA_DECAY == 1:
         fail("TRAIN.EMA_DECAY", "must be below 1, for example 0.9999")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:

@@ -75,12 +75,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, top-1, top-5, loss
+    ask = in_whole_batches(model, loader.batches.batch_size) if is_compiled(model) else model
     for images, targets, numbers in loader:
-        if is_compiled(model):
-            images = fill_up(images, loader.batches.batch_size)
         with precision.autocast():
-            # A copy, for CUDA graphs write the next answer over this one
-            answers = [model(view)[: len(targets)].float().clone() for view in views(images)]
+            answers = [ask(view).float() for view in views(images)]
         if among is not None:
             answers = [logits.masked_fill(~among, -math.inf) for logits in answers]
         logits = mean_of_probabilities(answers)
@@ -98,9 +96,14 @@ def evaluate(
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": int(images)}
 
 
-def fill_up(images: Tensor, count: int) -> Tensor:
-    """``(B, 3, H, W)`` to ``(count, 3, H, W)`` with black images behind."""
-    return F.pad(images, (0, 0, 0, 0, 0, 0, 0, count - len(images)))
+def in_whole_batches(model: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+    """The same for batches of any size up to this one, which is what the model gets to see: images ``(B, 3, H, W)``."""
+
+    def ask(images: Tensor) -> Tensor:
+        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
+        return model(filled)[: len(images)].clone()  # the next answer of a CUDA graph is written over this one
+
+    return ask
 
 
 def mean_of_probabilities(answers: list[Tensor]) -> Tensor:

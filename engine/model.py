@@ -40,7 +40,7 @@ def set_training_mode(model: nn.Module) -> None:
 def compile_in_place(config, model: nn.Module) -> None:
     """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay.
 
-    It is compiled for one size of batch in training and one in evaluation, see :func:`is_compiled`.
+    It is compiled for one size of batch in training and one in evaluation, so both must keep to it.
     """
     if config.TRAIN.COMPILE != "none":
         if config.TRAIN.USE_CHECKPOINT != "none":
@@ -49,8 +49,14 @@ def compile_in_place(config, model: nn.Module) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether every new size of batch costs minutes."""
+    """Whether :func:`compile_in_place` has been there; every new size of batch then costs minutes."""
     return model._compiled_call_impl is not None
+
+
+def begin_step(model: nn.Module) -> None:
+    """Let the CUDA graphs of a compiled model write over what they returned in the step before."""
+    if is_compiled(model):  # else it would load the compiler for nothing
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:

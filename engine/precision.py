@@ -7,6 +7,9 @@ import torch
 
 from utils.errors import UserError
 
+TF32_SINCE = (8, 0)
+"""The compute capability of Ampere, the first generation that has it."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -52,6 +55,10 @@ def _precision(config, device: torch.device) -> Precision:
         case "tf32":
             if not on_gpu:
                 raise UserError(f"AMP tf32: the device is {device.type}, which does not have it; use AMP bf16 or none")
+            if torch.cuda.get_device_capability(device) < TF32_SINCE:
+                raise UserError(
+                    f"AMP tf32: {torch.cuda.get_device_name(device)} does not have it; use AMP fp16 or none"
+                )
             return Precision(device, None, tf32=True)
         case "bf16":
             if not has_bf16:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from config import output_dir
-from engine.model import compile_in_place, giga_macs, prepare_model
+from engine.model import begin_step, compile_in_place, giga_macs, prepare_model
 from engine.precision import choose_precision
 from engine.train import build_criterion, update_weights
 from optimizer import build_optimizer
@@ -51,7 +51,7 @@ def run_throughput(config, device: torch.device) -> dict:
             model(images)
 
     def training_step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step(model)
         with precision.autocast():
             loss = criterion(model(images), targets)
         scaler.scale(loss).backward()

@@ -19,7 +19,7 @@ from engine.checkpoints import Checkpoints
 from engine.ema import Ema
 from engine.evaluate import build_views, check_classes, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
-from engine.model import compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
+from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, write_bad_batch
 from engine.state import TrainState, check_resumable, step_after
@@ -128,7 +128,7 @@ def take_steps(
         learning_rate = schedule(step)
         set_learning_rate(state.optimizer, learning_rate)
         step_loss = torch.zeros((), device=device)
-        torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs returned in the step before may be overwritten
+        begin_step(state.model)
         for micro_step in range(accumulation):
             images, targets = next(batches)
             seed_everything(device, config.SEED, "step", step, micro_step, rank())  # nothing random is ever stored

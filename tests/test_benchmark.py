@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio, within_memory
-from scripts.benchmarks.counting import count_kernels, saved_bytes
+from scripts.benchmarks.counting import count_kernels, moved_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 SMALL = ("--image-size", "64", "--repeats", "2")
@@ -42,12 +42,13 @@ def test_model(tmp_path):
     assert "…" not in done.stdout  # no cell was cut
     report = figures(tmp_path, "model")
     assert report["precision"] == "fp32"
-    assert len(report["matmul_tflops"]) == 2
+    assert len(report["matmul_tflops"]) == len(report["copy_gb_per_second"]) == 2
     models = {model["name"]: model for model in report["models"]}
     assert tuple(models) == names
     ours, plain, other = models.values()
     assert ours["parameters"] == plain["parameters"]
     assert ours["gmac"] == plain["gmac"]
+    assert 0 < ours["moved_bytes"]["inference"] < ours["moved_bytes"]["training"]
     assert ours["kernels"]["inference"] < plain["kernels"]["inference"] < plain["kernels"]["training"]
     for model in models.values():
         assert [batch["batch_size"] for batch in model["batches"]] == [1, 2]
@@ -134,7 +135,7 @@ def test_report(everything, tmp_path):
     assert "35 images/s, of whose time 25.0 % is waiting for data (step 5; crossformer_small)" in text  # of 20 to 50
     assert text.count("| out of memory |") == 1
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert sum(row.startswith("| crossformer_micro |") for row in rows) == 3  # twice a network, once a training step
+    assert sum(row.startswith("| crossformer_micro |") for row in rows) == 4  # two networks, floors, a step
     tables = text.split("\n\n")
     for table in (part.splitlines() for part in tables if part.startswith("| ")):
         assert {line.count(" | ") for line in table} == {table[0].count(" | ")}
@@ -264,6 +265,16 @@ def test_saved_bytes_are_counted_exactly():
     assert saved_bytes(run) == 256  # the weight needs no saving here: nothing asks for the gradient of x
     with torch.no_grad():
         assert saved_bytes(run, [weight]) == 0
+
+
+def test_moved_bytes_are_counted_exactly():
+    x, weight = torch.ones(4, 8), torch.ones(8, 16)
+
+    def run():
+        y = x @ weight  # 128 + 512 bytes in, 256 out
+        return y.view(8, 8) + torch.ones(1).expand(8, 8)  # 4 out; 256 + 4 in, 256 out
+
+    assert moved_bytes(run) == 128 + 512 + 256 + 4 + 256 + 4 + 256
 
 
 def test_what_was_counted_is_freed():

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.crossformer import VARIANTS, checkpoint_filter_fn, position_bias
 from models.crossformer.grouping import Grouping
-from models.crossformer.position_bias import attention_biases
+from models.crossformer.position_bias import mask_keys, position_biases
 
 DATA = Path(__file__).parent / "data"
 CLASSIFICATION = json.loads((DATA / "classification.json").read_text())
@@ -122,7 +123,8 @@ def test_biases_of_a_stage_are_those_of_each_block():
     fill(model)
     layers = [block.attn.pos for block in model.layers[0].blocks]
     groupings = [Grouping.of(8, 8, size, 1) for size in (4, 2, 4)]
-    for layer, grouping, bias in zip(layers, groupings, attention_biases(layers, groupings), strict=True):
+    biases = position_biases(layers, groupings, torch.float32)
+    for layer, grouping, bias in zip(layers, groupings, biases, strict=True):
         mlp = nn.Sequential(layer.pos_proj, layer.pos1, layer.pos2, layer.pos3)
         expected = grouping.for_each_pair(mlp(grouping.offsets(torch.device("cpu"))).mT)
         assert bias.shape == (1, 1, grouping.rows**2, grouping.rows**2)
@@ -151,7 +153,8 @@ def test_padding_reaches_nothing(height_width):
     attention = model.layers[0].blocks[0].attn
 
     def attend(tokens: torch.Tensor, grouping: Grouping) -> torch.Tensor:
-        return attention(tokens, grouping, *attention_biases([attention.pos], [grouping]))
+        (bias,) = position_biases([attention.pos], [grouping], tokens.dtype)
+        return attention(tokens, grouping, mask_keys(bias, grouping))
 
     tokens = torch.randn(1, 9, 10, 32)
     whole = attend(tokens, Grouping.of(9, 10, 7, 1))
@@ -193,7 +196,7 @@ def test_cached_position_bias_follows_the_weights(change, mode):
     model, x = micro().eval(), torch.randn(1, 3, 64, 64)
     with mode():
         model(x)
-    assert model.layers[0].blocks.bias_cache.is_filled
+    assert model.layers[0].blocks.bias_cache.entry is not None
     for p in model.parameters():
         p.grad = torch.full_like(p, 0.1)
     change(model)
@@ -218,13 +221,7 @@ def test_position_bias_has_gradients_in_eval_mode():
 
 def test_position_biases_are_computed_once_a_stage_and_not_again_in_evaluation(monkeypatch):
     model, x, calls = micro(), torch.randn(1, 3, 32, 32), []
-
-    def counted(*args):
-        calls.append(1)
-        return evaluate_together(*args)
-
-    evaluate_together = position_bias.evaluate_together
-    monkeypatch.setattr(position_bias, "evaluate_together", counted)
+    monkeypatch.setattr(position_bias, "evaluate_together", counting(position_bias.evaluate_together, calls))
     model(x)
     assert len(calls) == 4  # stages of two blocks each
     model.eval()
@@ -232,6 +229,76 @@ def test_position_biases_are_computed_once_a_stage_and_not_again_in_evaluation(m
         for _ in range(3):
             model(x)
     assert len(calls) == 8
+
+
+def counting(function: Callable, calls: list) -> Callable:
+    """The same function, whose calls are noted."""
+
+    def counted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return counted
+
+
+def test_cached_position_biases_serve_images_of_several_sizes(monkeypatch):
+    """Which have the same groups; what is masked in them is not cached."""
+    model, calls = micro(group_size=(2, 2, 2, 2)).eval(), []
+    fresh = micro(group_size=(2, 2, 2, 2)).eval()
+    with torch.no_grad():
+        expected = [fresh.train().eval()(torch.ones(1, 3, *size)) for size in ((128, 160), (160, 192))]
+        monkeypatch.setattr(position_bias, "evaluate_together", counting(position_bias.evaluate_together, calls))
+        for _ in range(2):
+            for size, logits in zip(((128, 160), (160, 192)), expected, strict=True):
+                assert torch.equal(model(torch.ones(1, 3, *size)), logits)
+    assert len(calls) == 4
+
+
+def test_replicas_and_reparametrised_weights():
+    """They have weights as attributes that are no parameters."""
+    model, x = micro(), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    linear = model.layers[0].blocks[0].attn.pos.pos1[2]
+    torch.nn.utils.parametrizations.weight_norm(linear)
+    torch.testing.assert_close(model(x), expected)
+    torch.nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    replica = replicate(model)
+    for mode in (True, False):
+        replica.train(mode)
+        with torch.set_grad_enabled(mode):
+            torch.testing.assert_close(replica(x), model.train(mode)(x))
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """What torch.nn.DataParallel does for each GPU."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replica, name, replicate(child))
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(replica, name, parameter.view_as(parameter))
+    return replica
+
+
+def test_on_the_meta_device():
+    """Which counts shapes and memory without computing."""
+    with torch.device("meta"):
+        model = micro(drop_path_rate=0.1)
+        model(torch.zeros(2, 3, 64, 64)).sum().backward()
+        assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_gradients_of_each_image():
+    """torch.func differentiates a model in evaluation, for each image on its own."""
+    model, x = micro().eval(), torch.randn(3, 3, 64, 64)
+
+    def loss(weights: dict, image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, weights, (image[None],)).sum()
+
+    weights = dict(model.named_parameters())
+    of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    model(x).sum().backward()
+    for name, parameter in weights.items():
+        torch.testing.assert_close(of_each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -245,10 +312,12 @@ def test_autocast_and_its_end(dtype):
         assert torch.equal(model(x), before)
 
 
-def test_checkpointing_gives_the_same_gradients():
-    x, gradients = torch.randn(2, 3, 64, 64), []
+@pytest.mark.parametrize("architecture", [{}, dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1))])
+def test_checkpointing_gives_the_same_gradients(architecture):
+    """On whole maps, and on those that are padded."""
+    x, gradients = torch.randn(2, 3, 96, 160), []
     for how in (dict(enable=False), dict(enable=True), dict(enable=True, selective=True)):
-        model = micro(drop_path_rate=0.5)
+        model = micro(drop_path_rate=0.5, **architecture)
         model.set_grad_checkpointing(**how)
         torch.manual_seed(1)
         model(x).sum().backward()
@@ -266,16 +335,21 @@ def test_stochastic_depth_is_linear_over_all_blocks():
 def test_stochastic_depth_drops_as_often_as_it_should_and_keeps_the_mean():
     """For each branch of each image on its own; nothing is drawn where nothing can be dropped."""
     first, second = (stage.blocks for stage in micro(drop_path_rate=0.7).layers[:2])
-    depths = second.draw_depths(20_000, torch.float32, torch.device("cpu"))
-    for block, depth in zip(second, depths, strict=True):
+    scales = second.draw_branch_scales(20_000, torch.float32, torch.device("cpu"))
+    for block, scale in zip(second, scales, strict=True):
         rate = block.drop_path_rate
-        assert depth.shape == (2, 20_000, 1, 1, 1)
-        assert depth.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
-        assert (depth == 0).float().mean(1).flatten().tolist() == pytest.approx([rate, rate], abs=0.02)
-        both = ((depth == 0).all(0)).float().mean().item()
+        assert scale.shape == (2, 20_000, 1, 1, 1)
+        assert scale.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+        assert (scale == 0).float().mean(1).flatten().tolist() == pytest.approx([rate, rate], abs=0.02)
+        both = (scale == 0).all(0).float().mean().item()
         assert both == pytest.approx(rate**2, abs=0.02)
-    assert second.eval().draw_depths(2, torch.float32, torch.device("cpu")) == [None, None]
-    assert first.draw_depths(2, torch.float32, torch.device("cpu"))[0] is None
+    assert second.eval().draw_branch_scales(2, torch.float32, torch.device("cpu")) == [None, None]
+    assert first.draw_branch_scales(2, torch.float32, torch.device("cpu"))[0] is None
+    second.train()[0].eval()  # as a block is of which nothing is trained
+    assert [scale is None for scale in second.draw_branch_scales(2, torch.float32, torch.device("cpu"))] == [
+        True,
+        False,
+    ]
 
 
 def test_blocks_alternate_and_acl_is_where_the_paper_puts_it():

@@ -9,12 +9,14 @@ import torch
 from conftest import TINY_RUN
 from test_crossformer import fill, images
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS
+from torch._dynamo.utils import counters
 
 from config import build_config
 from data import build_loaders
 from data.build import build_train_stage
 from data.policy import Plan
 from data.transforms import build_train_transform
+from engine.model import begin_step
 from engine.train import train
 from utils.randomness import seed_cpu
 
@@ -47,7 +49,7 @@ def test_a_batch_with_more_groups_than_a_grid_dimension():
 
 
 def test_cuda_graphs_train_and_evaluate_the_same(run_main, digits):
-    """37 images to evaluate: the last batch is not a whole one."""
+    """37 images to evaluate: the last batch is not a whole one. That graphs are used is the next test."""
     results = []
     for mode in ("none", "reduce-overhead"):
         flags = ("MODEL.DROP_PATH_RATE", "0", "AMP", "none", "TRAIN.COMPILE", mode, "TEST.VIEWS", "flip", "--tag", mode)
@@ -55,6 +57,22 @@ def test_cuda_graphs_train_and_evaluate_the_same(run_main, digits):
         results.append((result.losses(), [event["loss"] for event in result.events("eval")]))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-3)
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-3)
+
+
+def test_nothing_keeps_cuda_graphs_from_being_used():
+    """With stochastic depth, whose draws differ from step to step."""
+    counters.clear()
+    model = timm.create_model("crossformer_micro", num_classes=10, drop_path_rate=0.5).cuda()
+    model.compile(mode="reduce-overhead", dynamic=False)
+    x, losses = torch.ones(8, 3, 32, 32, device="cuda"), []
+    for _ in range(6):
+        begin_step(model)
+        loss = model(x).square().mean()
+        loss.backward()
+        model.zero_grad()
+        losses.append(loss.item())
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert len(set(losses)) == len(losses)
 
 
 @pytest.mark.parametrize("amp", ["none", "tf32", "bf16", "fp16"])

@@ -43,7 +43,7 @@ def test_same_gradients(overrides):
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, expected in gradients[1].items():
         scale = expected.abs().max().item()  # that of pos3.2.bias is rounding: a softmax ignores a constant
-        assert scale > 0, name
+        assert scale > 0 or name.endswith("pos3.2.bias"), name
         assert torch.allclose(gradients[0][name], expected, rtol=0, atol=1e-4 * scale + 1e-6), name
 
 
@@ -51,10 +51,10 @@ def test_same_stochastic_depth():
     """The same where the same branches are dropped: what is drawn for a stage at once goes to the plain blocks."""
     model, reference = both("crossformer_micro", num_classes=10, drop_path_rate=0.5)
     for stage, plain_stage in zip(model.train().layers, reference.layers, strict=True):
-        depths = stage.blocks.draw_depths(4, torch.float32, torch.device("cpu"))
-        stage.blocks.draw_depths = lambda *_, depths=depths: depths
-        for block, depth in zip(plain_stage.blocks, depths, strict=True):
-            block.drop_path = Scale(iter([1, 1] if depth is None else depth))
+        scales = stage.blocks.draw_branch_scales(4, torch.float32, torch.device("cpu"))
+        stage.blocks.draw_branch_scales = lambda *_, scales=scales: scales
+        for block, scale in zip(plain_stage.blocks, scales, strict=True):
+            block.drop_path = Scale(iter([1, 1] if scale is None else scale))
     x = images(3, 4, 3, 64, 64)
     out = model(x)
     torch.testing.assert_close(out, reference(x), rtol=0, atol=1e-4)

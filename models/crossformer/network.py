@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .grouping import Grouping, may_cache
-from .position_bias import BiasCache, DynamicPositionBias
+from .position_bias import BiasCache, DynamicPositionBias, align_rows, mask_keys
 
 MIN_IMAGE_SIZE = 32
 PATCH_KERNELS = (4, 8, 16, 32)
 PATCH_STRIDE = 4
 CELL_KERNEL = 16
+"""From this size on a kernel of the first embedding is trained on a map of cells."""
+
 REDUCTION_KERNELS = (2, 4)
 REDUCTION_STRIDE = 2
 ACL_PERIOD = 3
@@ -60,13 +62,16 @@ class CrossScaleAttention(nn.Module):
 
     def project(self, x: Tensor, grouping: Grouping) -> Tensor:
         """``(B, H, W, C)`` to queries, keys and values in groups of N, ``(B * groups, N, 3 * C)``."""
-        return self.qkv(grouping.group(x))
+        return self.qkv(grouping.group(x.to(product_dtype(x))))  # cast first: the copy into groups is then smaller
 
     def attend(self, qkv: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
-        """The rest of :meth:`forward`. What is ungrouped before the last product need not be copied after it."""
+        """What :meth:`project` returns, to ``(B, H, W, C)``; the other arguments are those of :meth:`forward`.
+
+        Tokens go back to their places before the last product, which needs them contiguous anyway.
+        """
         qkv = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        if len(bias) > 1:
-            bias = bias.repeat(qkv.shape[1] // len(bias), 1, 1, 1)
+        if bias.shape[0] > 1:
+            bias = align_rows(bias.repeat(qkv.shape[1] // bias.shape[0], 1, 1, 1))
         if bias.requires_grad and not bias.is_cuda:
             tokens = explicit_attention(*qkv, bias)
         else:
@@ -78,7 +83,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Equation 1 as it stands, ``(B, heads, N, D)`` each.
 
     Only on CUDA has torch a kernel for it that differentiates the bias. Elsewhere scaled_dot_product_attention would
-    take these products too, and copy q, k and v one by one.
+    take these products too, and copy q, k and v one by one; stacking them makes all three contiguous in one copy.
     """
     q, k, v = torch.stack([q * q.shape[-1] ** -0.5, k, v])
     return (q @ k.mT + bias).softmax(dim=-1) @ v
@@ -105,7 +110,7 @@ class CrossFormerBlock(nn.Module):
         self.group_size = group_size
         self.interval = interval
         self.drop_path_rate = drop_path_rate
-        self.selective_checkpointing = False
+        self.recompute = "none"
         self.norm1 = nn.LayerNorm(dim)
         self.attn = CrossScaleAttention(dim, num_heads)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if amplitude_cooling else None
@@ -113,32 +118,32 @@ class CrossFormerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, depth: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, branch_scale: Tensor | None) -> Tensor:
         """``(B, H, W, C)`` to the same shape.
 
         Args:
             grouping: of this map.
             bias: as for :class:`CrossScaleAttention`.
-            depth: what the two branches of each image are multiplied with, ``(2, B, 1, 1, 1)``; None for 1.
+            branch_scale: what the two branches of each image are multiplied with, ``(2, B, 1, 1, 1)``; None for 1.
         """
-        attended = self.attend(x, grouping, bias)
-        x = x + (attended if depth is None else attended * depth[0])
-        transformed = self.transform(x)
-        x = x + (transformed if depth is None else transformed * depth[1])
+        branch = self.attention_branch(x, grouping, bias)
+        x = x + (branch if branch_scale is None else branch * branch_scale[0])
+        branch = self.mlp_branch(x)
+        x = x + (branch if branch_scale is None else branch * branch_scale[1])
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
 
-    def attend(self, x: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
-        """The branch with the attention, ``(B, H, W, C)`` to the same shape."""
-        if not (self.selective_checkpointing and self.training):
+    def attention_branch(self, x: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape."""
+        if not (self.recompute == "selective" and self.training):
             return self.attn(self.norm1(x), grouping, bias)
         qkv = recomputed(lambda x: self.attn.project(self.norm1(x), grouping), x)
         return recomputed(self.attn.attend, qkv, grouping, bias)
 
-    def transform(self, x: Tensor) -> Tensor:
-        """The branch with the MLP, ``(B, H, W, C)`` to the same shape."""
-        if not (self.selective_checkpointing and self.training):
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape."""
+        if not (self.recompute == "selective" and self.training):
             return self.mlp(self.norm2(x))
         hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)
         return recomputed(lambda hidden: self.mlp.fc2(self.mlp.act(hidden)), hidden)
@@ -148,7 +153,7 @@ def recomputed(function: Callable, *inputs: Any) -> Tensor:
     """``function(*inputs)``, of which only the inputs and the result are kept for the backward pass.
 
     Recomputing ends where the last operation's inputs are there again, so a matrix product at the end of ``function``
-    is not done twice.
+    is not done twice. Nothing in it may be drawn at random: it would be drawn anew (:class:`Blocks` draws outside).
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -173,17 +178,18 @@ class PatchEmbed(nn.Module):
         """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
             raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
-        x = torch.cat([recomputed(convolve_cells, x, proj) if is_slow(proj) else proj(x) for proj in self.projs], dim=1)
+        x = torch.cat([self.project(x, proj) for proj in self.projs], dim=1)
         return self.norm(x.permute(0, 2, 3, 1))
 
-
-def is_slow(proj: nn.Conv2d) -> bool:
-    """Whether the gradient of the weights is slow to compute: for large kernels with few channels, 2 to 4 times."""
-    return proj.kernel_size[0] >= CELL_KERNEL and proj.weight.requires_grad and torch.is_grad_enabled()
+    def project(self, x: Tensor, proj: nn.Conv2d) -> Tensor:
+        """``proj(x)``; a large one, when trained, on cells: the gradient of its weights takes a third of the time."""
+        if self.training and torch.is_grad_enabled() and proj.kernel_size[0] >= CELL_KERNEL:
+            return recomputed(convolve_cells, x, proj)  # else the cells, as large as the image, would be kept
+        return proj(x)
 
 
 def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:
-    """The same as ``proj(x)`` on a map of cells (space to depth).
+    """``proj(x)`` on a map of cells (space to depth).
 
     The pixels of a cell, as large as the stride, become channels: 48 instead of 3. Then the stride is 1 and the kernel
     4 times smaller on each side, which is how matrix units like a convolution.
@@ -192,6 +198,8 @@ def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:
     needed = (stride * (size // stride - 1) + proj.kernel_size[0] for size in x.shape[-2:])
     bottom, right = (pixels - size - padding for pixels, size in zip(needed, x.shape[-2:], strict=True))
     cells = F.pixel_unshuffle(F.pad(x, (padding, right, padding, bottom)), stride)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        cells = cells.contiguous(memory_format=torch.channels_last)  # on CUDA they are not
     return F.conv2d(cells, F.pixel_unshuffle(proj.weight, stride), proj.bias)
 
 
@@ -224,7 +232,6 @@ class Blocks(nn.ModuleList):
 
     def __init__(self, blocks: Iterable[CrossFormerBlock]):
         super().__init__(blocks)
-        self.grad_checkpointing = False
         self.bias_cache = BiasCache()
 
     def train(self, mode: bool = True):
@@ -236,26 +243,27 @@ class Blocks(nn.ModuleList):
         dtype, (height, width) = product_dtype(x), x.shape[1:3]
         groupings = [Grouping.of(height, width, block.group_size, block.interval) for block in self]
         biases = self.bias_cache.biases([block.attn.pos for block in self], groupings, dtype)
-        depths = self.draw_depths(len(x), dtype, x.device)
-        for block, grouping, bias, depth in zip(self, groupings, biases, depths, strict=True):
-            if self.grad_checkpointing and self.training:
-                x = recomputed(block, x, grouping, bias, depth)
+        scales = self.draw_branch_scales(x.shape[0], dtype, x.device)
+        for block, grouping, bias, scale in zip(self, groupings, biases, scales, strict=True):
+            bias = mask_keys(bias, grouping)
+            if block.recompute == "full" and block.training:
+                x = recomputed(block, x, grouping, bias, scale)
             else:
-                x = block(x, grouping, bias, depth)
+                x = block(x, grouping, bias, scale)
         return x
 
-    def draw_depths(self, batch: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor | None]:
+    def draw_branch_scales(self, batch: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor | None]:
         """Stochastic depth: for each block ``(2, B, 1, 1, 1)``, 0 for a branch that is left out of an image.
 
         The others are scaled up, so that the mean stays. Source: Huang et al., arXiv 1603.09382.
         """
-        rates = tuple(block.drop_path_rate for block in self)
-        if not self.training or not any(rates):
+        rates = tuple(block.drop_path_rate if block.training else 0.0 for block in self)
+        if not any(rates):
             return [None] * len(self)
         keep = (_cached_keep_rates if may_cache() else _keep_rates)(rates, device)
         is_kept = torch.rand(len(keep), 2, batch, 1, 1, 1, device=device) < keep
-        depths = (is_kept / keep).to(dtype).unbind()
-        return [depth if rate else None for rate, depth in zip(rates, depths, strict=True)]
+        scales = (is_kept / keep).to(dtype).unbind()
+        return [scale if rate else None for rate, scale in zip(rates, scales, strict=True)]
 
 
 def _keep_rates(drop_path_rates: tuple[float, ...], device: torch.device) -> Tensor:
@@ -284,7 +292,8 @@ class Stage(nn.Module):
 def product_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of ``x`` are computed in."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocasts else x.dtype
 
 
 class CrossFormer(nn.Module):
@@ -388,9 +397,8 @@ class CrossFormer(nn.Module):
         ``selective`` keeps the results of most matrix products and recomputes the rest: norms, attention, activations.
         """
         for stage in self.layers:
-            stage.blocks.grad_checkpointing = enable and not selective
             for block in stage.blocks:
-                block.selective_checkpointing = enable and selective
+                block.recompute = ("selective" if selective else "full") if enable else "none"
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

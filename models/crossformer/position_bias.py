@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from .grouping import Grouping, may_cache
 
 ALIGNED_KEYS = 8
-"""CUDA's attention kernels copy a bias whose rows do not begin at a multiple of this."""
+"""CUDA's attention kernels copy a bias whose rows do not begin at multiples of this."""
 
 
 class DynamicPositionBias(nn.Module):
     """An MLP from the offset between two tokens to one attention bias for each head.
 
-    Because it is a function of the offset, group size and image size are free. It holds the parameters alone: a stage
-    evaluates those of all its blocks at once, with :func:`evaluate_together`. Source: CrossFormer, section 3.3.
+    Because it is a function of the offset, group size and image size are free. Source: CrossFormer, section 3.3.
+    It and its parts are there for their parameters and never called, so hooks on them see nothing: a stage evaluates
+    those of all its blocks at once, with :func:`evaluate_together`.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -31,81 +32,95 @@ class DynamicPositionBias(nn.Module):
     def _layer(dim: int, out_dim: int) -> nn.Sequential:
         return nn.Sequential(nn.LayerNorm(dim), nn.ReLU(inplace=True), nn.Linear(dim, out_dim))
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Those with parameters, in order: a linear one, and three times a norm and a linear one."""
+        return [self.pos_proj, *(part[i] for part in (self.pos1, self.pos2, self.pos3) for i in (0, 2))]
 
-def evaluate_together(layers: Sequence[DynamicPositionBias], offsets: Tensor) -> Tensor:
-    """Several MLPs of one size on the same offsets, ``(offsets, 2)`` to ``(layers, offsets, heads)``.
+
+def evaluate_together(mlps: Sequence[DynamicPositionBias], offsets: Tensor) -> Tensor:
+    """Several MLPs of one size on the same offsets, ``(offsets, 2)`` to ``(mlps, offsets, heads)``.
 
     One after the other they would take as many kernels each, and all of these are too small to keep a GPU busy.
     """
-    of_each = [dict(layer.named_parameters()) for layer in layers]
-    flat = torch.cat([parameter.flatten() for parameters in of_each for parameter in parameters.values()])
+    # As attributes, which is how replicas and reparametrised modules have them; the dict of parameters may be empty
+    of_each = [[t for layer in mlp.layers for t in (layer.weight, layer.bias)] for mlp in mlps]
+    flat = torch.cat([t.flatten() for tensors in of_each for t in tensors])
     # Split and not sliced: the gradient is then put together in one go
-    parts = flat.view(len(layers), -1).split([parameter.numel() for parameter in of_each[0].values()], dim=1)
-    stacked = {
-        name: part.unflatten(1, parameter.shape)
-        for (name, parameter), part in zip(of_each[0].items(), parts, strict=True)
-    }
+    parts = flat.view(len(mlps), -1).split([t.numel() for t in of_each[0]], dim=1)
+    stacked = iter(part.unflatten(1, t.shape) for part, t in zip(parts, of_each[0], strict=True))
 
-    def linear(x: Tensor, name: str) -> Tensor:
-        return torch.baddbmm(stacked[f"{name}.bias"][:, None], x, stacked[f"{name}.weight"].mT)
+    def linear(x: Tensor) -> Tensor:
+        weight, bias = next(stacked), next(stacked)
+        return torch.baddbmm(bias[:, None], x, weight.mT)
 
-    x = linear(offsets.expand(len(layers), -1, -1), "pos_proj")
-    for name in ("pos1", "pos2", "pos3"):
-        # A group norm whose groups are the layers is the layer norm of each
-        weight, bias = (stacked[f"{name}.0.{key}"].flatten() for key in ("weight", "bias"))
-        x = rearrange(x, "layers offsets dim -> offsets (layers dim)")
-        x = F.group_norm(x, len(layers), weight, bias, getattr(layers[0], name)[0].eps).relu_()
-        x = linear(rearrange(x, "offsets (layers dim) -> layers offsets dim", layers=len(layers)), f"{name}.2")
+    def norm_and_relu(x: Tensor, eps: float) -> Tensor:
+        weight, bias = next(stacked), next(stacked)
+        x = rearrange(x, "mlps offsets dim -> offsets (mlps dim)")
+        # A group norm whose groups are the MLPs is the layer norm of each
+        x = torch.group_norm(x, len(mlps), weight.flatten(), bias.flatten(), eps).relu_()
+        return rearrange(x, "offsets (mlps dim) -> mlps offsets dim", mlps=len(mlps))
+
+    x = linear(offsets.expand(len(mlps), -1, -1))
+    for layer in mlps[0].layers[1::2]:
+        x = linear(norm_and_relu(x, layer.eps))
     return x
 
 
-def attention_biases(layers: Sequence[DynamicPositionBias], groupings: Sequence[Grouping]) -> list[Tensor]:
-    """For each block of a stage what it adds to its attention scores, ``(1 or groups, heads, N, N)``.
+def position_biases(
+    mlps: Sequence[DynamicPositionBias], groupings: Sequence[Grouping], dtype: torch.dtype
+) -> list[Tensor]:
+    """The position bias of each block of a stage, ``(1, heads, N, N)``.
 
     Blocks whose groups have the same shape are evaluated together, at whatever interval.
     """
-    weight = layers[0].pos_proj.weight
-    biases: list[Tensor] = [weight] * len(layers)
+    weight = mlps[0].pos_proj.weight
+    biases: dict[int, Tensor] = {}
     for shape in dict.fromkeys(grouping.shape for grouping in groupings):
         of_shape = [i for i, grouping in enumerate(groupings) if grouping.shape == shape]
         grouping = groupings[of_shape[0]]
-        table = evaluate_together([layers[i] for i in of_shape], grouping.offsets(weight.device).to(weight.dtype))
-        bias = grouping.for_each_pair(table.mT)
-        if bias.is_cuda and bias.shape[-1] % ALIGNED_KEYS:
-            bias = F.pad(bias, (0, -bias.shape[-1] % ALIGNED_KEYS))[..., : bias.shape[-1]]
-        for i, of_block in zip(of_shape, bias[:, None].unbind(), strict=True):
-            mask = groupings[i].key_mask(weight.device)
-            biases[i] = of_block if mask is None else of_block + mask.to(of_block.dtype)
-    return biases
+        table = evaluate_together([mlps[i] for i in of_shape], grouping.offsets(weight.device).to(weight.dtype))
+        pairs = align_rows(grouping.for_each_pair(table.mT).to(dtype))
+        biases |= zip(of_shape, pairs[:, None].unbind(), strict=True)
+    return [biases[i] for i in range(len(mlps))]
+
+
+def mask_keys(bias: Tensor, grouping: Grouping) -> Tensor:
+    """The bias, and -inf where the key is padding: ``(1 or groups, heads, N, N)``."""
+    mask = grouping.key_mask(bias.device)
+    return bias if mask is None else bias + mask.to(bias.dtype)
+
+
+def align_rows(bias: Tensor) -> Tensor:
+    """The same values, on CUDA with room behind each row."""
+    n = bias.shape[-1]
+    return F.pad(bias, (0, -n % ALIGNED_KEYS))[..., :n] if bias.is_cuda and n % ALIGNED_KEYS else bias
 
 
 class BiasCache:
-    """Keeps the last biases of a stage that were computed in evaluation without gradients.
+    """Keeps the last position biases of a stage that were computed in evaluation without gradients.
 
-    They are computed anew when the groupings, the precision or the weights change. A write through ``parameter.data``
-    that keeps the storage cannot be seen: call ``model.eval()``, which empties the cache, after it.
+    They are computed anew when the shapes of the groups, the precision or the weights change. A write through
+    ``parameter.data`` that keeps the storage cannot be seen: call ``model.eval()``, which empties the cache, after it.
     """
 
     def __init__(self) -> None:
-        self._key: tuple = ()
-        self._biases: list[Tensor] = []
-
-    @property
-    def is_filled(self) -> bool:
-        return bool(self._biases)
+        self.entry: tuple[tuple, list[Tensor]] | None = None
+        """What it was computed of, and the biases: one object, since replicas of a model share a cache."""
 
     def clear(self) -> None:
-        self._key, self._biases = (), []
+        self.entry = None
 
     def biases(
-        self, layers: Sequence[DynamicPositionBias], groupings: Sequence[Grouping], dtype: torch.dtype
+        self, mlps: Sequence[DynamicPositionBias], groupings: Sequence[Grouping], dtype: torch.dtype
     ) -> list[Tensor]:
-        """As :func:`attention_biases`; ``dtype`` is what the products are computed in."""
-        parameters = [p for layer in layers for p in layer.parameters()]
-        if layers[0].training or torch.is_grad_enabled() or not may_cache() or parameters[0].is_inference():
-            return attention_biases(layers, groupings)
-        weights = tuple((p.data_ptr(), p._version) for p in parameters)
-        key = (*groupings, dtype, parameters[0].device, weights)
-        if self._key != key:
-            self._key, self._biases = key, attention_biases(layers, groupings)
-        return self._biases
+        """As :func:`position_biases`."""
+        if mlps[0].training or torch.is_grad_enabled() or not may_cache() or mlps[0].pos_proj.weight.is_inference():
+            return position_biases(mlps, groupings, dtype)
+        weights = [t for mlp in mlps for layer in mlp.layers for t in (layer.weight, layer.bias)]
+        versions = tuple((t.data_ptr(), t._version) for t in weights)
+        key = (tuple(grouping.shape for grouping in groupings), dtype, weights[0].device, versions)
+        entry = self.entry
+        if entry is None or entry[0] != key:
+            entry = self.entry = key, position_biases(mlps, groupings, dtype)
+        return entry[1]

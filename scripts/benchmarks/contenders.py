@@ -82,7 +82,7 @@ def count_gmac(name: str, image_size: int) -> float:
 
 
 def precision_of(name: str, device: torch.device) -> Precision:
-    """``auto | bf16 | fp16 | fp32`` as the trainer understands AMP."""
+    """``auto | bf16 | fp16 | tf32 | fp32`` as the trainer understands AMP."""
     return choose_precision(build_config("", ["AMP", {"fp32": "none"}.get(name, name)]), device)
 
 

@@ -1,5 +1,6 @@
 """What a computation launches, and what it keeps for its backward pass: counted, so that no noise reaches it."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -33,13 +34,24 @@ def count_kernels(run: Callable[[], object], device: torch.device) -> int:
             and not getattr(event, "is_user_annotation", False)
             for event in profiler.events()
         )
-    with _KernelCounter() as counter:
+    with _Counter() as counter:
         run()
-    return counter.count
+    return counter.kernels
 
 
-class _KernelCounter(TorchDispatchMode):
-    count = 0
+def moved_bytes(run: Callable[[], object]) -> int:
+    """The most that the kernels of ``run`` read and write in eager mode: each of all that it is given and returns.
+
+    In truth less where something is in a cache, or where only some of it is read (a gather) or none (a fill).
+    """
+    run()
+    with _Counter() as counter:
+        run()
+    return counter.bytes
+
+
+class _Counter(TorchDispatchMode):
+    kernels = bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,8 +59,11 @@ class _KernelCounter(TorchDispatchMode):
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        self.count += launches(func)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if launches(func):
+            self.kernels += 1
+            self.bytes += sum(touched_bytes(t) for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor))
+        return result
 
 
 def launches(operation: torch._ops.OpOverload) -> bool:
@@ -58,6 +73,12 @@ def launches(operation: torch._ops.OpOverload) -> bool:
     views = all(r.alias_info is not None and not r.alias_info.is_write for r in tensors)
     name = schema.name.partition("::")[2]
     return bool(tensors) and not views and operation.namespace != "prim" and name not in NO_KERNEL
+
+
+def touched_bytes(tensor: Tensor) -> int:
+    """Of its elements, those that stand for several (expanded) once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(sizes) * tensor.element_size()
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:

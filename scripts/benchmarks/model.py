@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import nn
 
+from engine.model import begin_step
 from engine.precision import Precision
 from engine.throughput import TRAIN_STEP_MACS
 from scripts.benchmarks import contenders, plot
@@ -28,10 +30,11 @@ from scripts.benchmarks.common import (
     within_memory,
     write_report,
 )
-from scripts.benchmarks.counting import count_kernels, saved_bytes
+from scripts.benchmarks.counting import count_kernels, moved_bytes, saved_bytes
 
 KINDS = ("inference", "training")
 SECONDS_PER_MEASUREMENT = 0.2
+COPIED_BYTES = 1 << 28
 MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}
 
 
@@ -44,6 +47,7 @@ class Contender:
     precision: Precision
     gmac: float
     kernels: dict[str, int] = field(default_factory=dict)
+    moved_bytes: dict[str, int] = field(default_factory=dict)
 
     def prepare(self, kind: str) -> None:
         """Go into the mode that ``kind`` of work needs."""
@@ -51,7 +55,7 @@ class Contender:
 
     def run(self, kind: str, images: torch.Tensor, targets: torch.Tensor) -> None:
         """``inference`` or ``training`` of a batch."""
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step(self.model)
         if kind == "inference":
             with torch.inference_mode(), self.precision.autocast():
                 self.model(images)
@@ -85,17 +89,22 @@ def benchmark_model(arguments: Namespace) -> None:
                 show_progress(f"warming up {one.name}, {kind}, batch {n}")
                 memory[one.name, n, kind] = memory_of(one, kind, batch, arguments.compile != "none")
                 runs[one.name, n, kind] = measurement(one, kind, batch)
-    runs["matmul"] = matrix_product(precision)
+    if arguments.compile == "none":
+        for one in racing:
+            count_traffic(one, batches[arguments.batch_sizes[-1]])
+    runs["matmul"], runs["copy"] = matrix_product(precision), copying(device)
     figures = in_turn(runs, arguments.repeats)
     report = start_report(arguments, device) | {
         "precision": precision.name,
         "matmul_tflops": figures.pop("matmul"),
+        "copy_gb_per_second": figures.pop("copy"),
         "models": [
             {
                 "name": one.name,
                 "parameters": sum(p.numel() for p in one.model.parameters()),
                 "gmac": one.gmac,
                 "kernels": one.kernels,
+                "moved_bytes": one.moved_bytes,
                 "batches": [
                     {
                         "batch_size": n,
@@ -149,6 +158,15 @@ def memory_of(one: Contender, kind: str, batch: tuple, compiled: bool) -> float 
     return within_memory(lambda: saved_bytes(lambda: one.loss(*batch), one.model.parameters()))
 
 
+def count_traffic(one: Contender, batch: tuple) -> None:
+    """What its kernels read and write, where there is memory for the batch."""
+    for kind in KINDS:
+        one.prepare(kind)
+        moved = within_memory(lambda kind=kind: moved_bytes(lambda: one.run(kind, *batch)))
+        if moved:
+            one.moved_bytes[kind] = moved
+
+
 def measurement(one: Contender, kind: str, batch: tuple) -> Callable[[], float | None]:
     """A function that returns images/s, or None when memory does not suffice."""
     images, targets = batch
@@ -173,6 +191,14 @@ def matrix_product(precision: Precision) -> Callable[[], float]:
     a @ b
     times = max(1, int(SECONDS_PER_MEASUREMENT / seconds(lambda: a @ b)))
     return lambda: times * 2 * n**3 / 1e12 / seconds(lambda: [a @ b for _ in range(times)])
+
+
+def copying(device: torch.device) -> Callable[[], float]:
+    """A function that returns GB/s, read and written, of copying a large tensor."""
+    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    times = max(1, int(SECONDS_PER_MEASUREMENT / seconds(lambda: target.copy_(source))))
+    return lambda: times * 2 * COPIED_BYTES / 1e9 / seconds(lambda: [target.copy_(source) for _ in range(times)])
 
 
 def tflops(model: dict, kind: str, batch: dict) -> float:
@@ -224,4 +250,32 @@ def tables(report: dict) -> list:
             achieved = tflops(model, kind, model["batches"][-1])
             row += [f"{achieved:.3g}", f"{100 * achieved / rate:.1f} %"]
         work.add_row(*row)
-    return [speed, work]
+    return [speed, work, *([floor_table(report)] if any(m["moved_bytes"] for m in report["models"]) else [])]
+
+
+def floors(report: dict, model: dict, kind: str) -> tuple[float, float, float]:
+    """Milliseconds of a batch of the largest size: of its products, of what is moved, and as measured."""
+    batch = model["batches"][-1]
+    passes = TRAIN_STEP_MACS if kind == "training" else 1
+    products = 2 * passes * model["gmac"] * batch["batch_size"] / statistics.median(report["matmul_tflops"])
+    moved = model["moved_bytes"][kind] / 1e6 / statistics.median(report["copy_gb_per_second"])
+    return products, moved, 1e3 * batch["batch_size"] / statistics.median(batch[kind]["images_per_second"])
+
+
+def floor_table(report: dict) -> Table:
+    """A batch's products at the rate of a large one; what its own eager kernels read and write; what was measured.
+
+    No implementation beats the first. The second gets smaller where kernels are fused or find things in a cache.
+    """
+    bandwidth, n = statistics.median(report["copy_gb_per_second"]), report["settings"]["batch_sizes"][-1]
+    shown = table(
+        f"batch {n:,}, ms: products at that rate, bytes at {rounded(bandwidth)} GB/s (a copy), measured",
+        "", "products", "bytes", "inference", "products", "bytes", "training",
+    )  # fmt: skip
+    for model in report["models"]:
+        row = [model["name"]]
+        for kind in KINDS:
+            known = model["batches"][-1][kind]["images_per_second"] and kind in model["moved_bytes"]
+            row += map(rounded, floors(report, model, kind)) if known else ["", "", ""]
+        shown.add_row(*row)
+    return shown

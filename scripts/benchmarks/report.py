@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from scripts.benchmarks.common import ratio, rounded
 from scripts.benchmarks.contenders import PLAIN
-from scripts.benchmarks.model import KINDS, tflops
+from scripts.benchmarks.model import KINDS, floors, tflops
 from scripts.benchmarks.step import PARTS, compared_with
 from utils.errors import Parser, UserError
 
@@ -128,7 +128,25 @@ def models_part(report: dict) -> str:
     return (
         f"Networks: {setting_of(report)}. Training is the forward and the backward pass. A share is of the {rate:.3g} "
         "TFLOP/s that a large matrix product reached in the same run; kernels are those of one image; GB are what "
-        f"training takes.\n\n{markdown(columns, rows)}"
+        f"training takes.\n\n{markdown(columns, rows)}{floors_part(report)}"
+    )
+
+
+def floors_part(report: dict) -> str:
+    """What the products and the bytes of a batch take; empty where nothing was counted."""
+    rows = []
+    for model in report["models"]:
+        batch = model["batches"][-1]
+        if all(batch[kind]["images_per_second"] and kind in model["moved_bytes"] for kind in KINDS):
+            rows.append([model["name"], *(rounded(ms) for kind in KINDS for ms in floors(report, model, kind))])
+    if not rows:
+        return ""
+    bandwidth, n = statistics.median(report["copy_gb_per_second"]), report["settings"]["batch_sizes"][-1]
+    columns = ["floor, ms", *["products", "bytes", "inference"], *["products", "bytes", "training"]]
+    return (
+        f"\n\nFloors of a batch of {n:,}: the time of its products at the rate of a large one, and of what its own "
+        f"eager kernels read and write, were nothing kept in caches, at the {rounded(bandwidth)} GB/s of a copy; then "
+        f"the time it took.\n\n{markdown(columns, rows)}"
     )
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from config import CHOICES, build_config
 from engine.ema import Ema
+from engine.model import begin_step
 from engine.precision import Precision
 from engine.skipping import SkippedSteps
 from engine.train import build_criterion, build_ema, set_learning_rate, update_weights
@@ -70,7 +71,7 @@ class Trainee:
             return self.criterion(self.model(images), targets)
 
     def step(self, images: torch.Tensor, targets: torch.Tensor, part_ended: Callable[[], None] = lambda: None) -> None:
-        torch.compiler.cudagraph_mark_step_begin()
+        begin_step(self.model)
         set_learning_rate(self.optimizer, self.learning_rate)
         seed_everything(self.device, 0, "step", self.taken, 0, 0)
         try:
