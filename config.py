@@ -91,10 +91,10 @@ _C.TRAIN.FREEZE_TRUNK = False
 _C.TRAIN.CLIP_GRAD = 5.0
 # Micro-batches whose gradients make up one step
 _C.TRAIN.ACCUMULATION_STEPS = 1
-# Cut micro-batches that do not fit into the GPU's memory into parts; the result is the same
+# Cut micro-batches that do not fit into the GPU's memory into parts; the gradient is that of the whole
 _C.TRAIN.AUTO_MICRO_BATCH = False
-# Recompute in the backward pass instead of keeping: none | selective (all but most matrix products) | full (all);
-# selective keeps about half the memory, full a fifth for about a third more time. True means full, False none
+# Recompute in the backward pass instead of keeping: none | selective (all but most matrix products; CrossFormer only:
+# half of the memory, a tenth more time) | full (a fifth or less, a quarter more time). True means full, False none
 _C.TRAIN.USE_CHECKPOINT = "none"
 # torch.compile mode: none | default | reduce-overhead (CUDA graphs) | max-autotune-no-cudagraphs
 _C.TRAIN.COMPILE = "none"

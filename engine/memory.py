@@ -17,7 +17,7 @@ def naming_out_of_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small for this batch: --opts TRAIN.AUTO_MICRO_BATCH True cuts it into parts that "
-            "fit, with the same result; or halve --batch-size and double --accumulation-steps, or --use-checkpoint"
+            "fit; or halve --batch-size and double --accumulation-steps, or set TRAIN.USE_CHECKPOINT selective"
         ) from error
 
 

@@ -100,6 +100,13 @@ def setting_of(report: dict) -> str:
     )
 
 
+def memory_of(report: dict) -> str:
+    """What the column GB is."""
+    if report["machine"]["device"] != "no GPU":
+        return "GB: the most that training takes."
+    return "GB: activations kept for the backward pass; weights, gradients and optimizer are not in it."
+
+
 def models_part(report: dict) -> str:
     """Images per second of every model at every batch size."""
     by_name = {model["name"]: model for model in report["models"]}
@@ -126,9 +133,9 @@ def models_part(report: dict) -> str:
     columns = ["model", "GMAC", "batch", "inference, images/s", "x plain", "share", "training, images/s", "x plain"]
     columns += ["share", "GB", "kernels", "in training"]
     return (
-        f"Networks: {setting_of(report)}. Training is the forward and the backward pass. A share is of the {rate:.3g} "
-        "TFLOP/s that a large matrix product reached in the same run; kernels are those of one image; GB are what "
-        f"training takes.\n\n{markdown(columns, rows)}{floors_part(report)}"
+        f"Networks: {setting_of(report)}. Training is the forward and the backward pass. Share: of the {rate:.3g} "
+        f"TFLOP/s of a large matrix product in the same run. Kernels: for one image. {memory_of(report)}\n\n"
+        f"{markdown(columns, rows)}{floors_part(report)}"
     )
 
 
@@ -142,11 +149,11 @@ def floors_part(report: dict) -> str:
     if not rows:
         return ""
     bandwidth, n = statistics.median(report["copy_gb_per_second"]), report["settings"]["batch_sizes"][-1]
-    columns = ["floor, ms", *["products", "bytes", "inference"], *["products", "bytes", "training"]]
+    columns = ["ms", *["products", "bytes", "inference"], *["products", "bytes", "training"]]
     return (
-        f"\n\nFloors of a batch of {n:,}: the time of its products at the rate of a large one, and of what its own "
-        f"eager kernels read and write, were nothing kept in caches, at the {rounded(bandwidth)} GB/s of a copy; then "
-        f"the time it took.\n\n{markdown(columns, rows)}"
+        f"\n\nHow near to the limit, for a batch of {n:,}. Products: the matrix products at the rate of a large one. "
+        f"Bytes: all that the model's own eager kernels read and write, at the {rounded(bandwidth)} GB/s of a copy, "
+        f"caches left out. Beside them the time measured.\n\n{markdown(columns, rows)}"
     )
 
 
