@@ -82,10 +82,15 @@ def compiled_equals_eager(name: str, backend: str, selective: bool = False, **ar
         torch.testing.assert_close(results[1][2][parameter], gradient, rtol=0, atol=allowed)
 
 
-@pytest.mark.parametrize(("name", "selective"), [("crossformer_micro", True), ("crossformerpp_small", False)])
-def test_a_graph_without_a_break(name, selective):
+@pytest.mark.parametrize(
+    ("name", "selective", "depths"), [("crossformer_micro", True, (2, 1, 1)), ("crossformerpp_small", False, (1, 4))]
+)
+def test_a_graph_without_a_break(name, selective, depths):
     """As far as the backend, which is the part of torch.compile that takes minutes; with an amplitude cooling layer."""
-    compiled_equals_eager(name, "aot_eager", selective, depths=(2, 1, 4, 1))
+    stages = slice(len(depths))
+    heads = VARIANTS[name]["num_heads"][stages]
+    groups = dict(group_size=(4, 14, 7)[stages], interval=(4, 2, 1)[stages])
+    compiled_equals_eager(name, "aot_eager", selective, depths=depths, num_heads=heads, **groups)
 
 
 @pytest.mark.slow
