@@ -202,9 +202,13 @@ def copying(device: torch.device) -> Callable[[], float]:
 
 
 def tflops(model: dict, kind: str, batch: dict) -> float:
-    """Achieved by the median; 2 operations for each multiply-accumulate."""
-    passes = TRAIN_STEP_MACS if kind == "training" else 1
-    return 2 * passes * model["gmac"] * statistics.median(batch[kind]["images_per_second"]) / 1e3
+    """Achieved by the median."""
+    return gflop(model, kind) * statistics.median(batch[kind]["images_per_second"]) / 1e3
+
+
+def gflop(model: dict, kind: str) -> float:
+    """Of one image; 2 operations for each multiply-accumulate."""
+    return 2 * model["gmac"] * (TRAIN_STEP_MACS if kind == "training" else 1)
 
 
 def tables(report: dict) -> list:
@@ -256,8 +260,7 @@ def tables(report: dict) -> list:
 def floors(report: dict, model: dict, kind: str) -> tuple[float, float, float]:
     """Milliseconds of a batch of the largest size: of its products, of what is moved, and as measured."""
     batch = model["batches"][-1]
-    passes = TRAIN_STEP_MACS if kind == "training" else 1
-    products = 2 * passes * model["gmac"] * batch["batch_size"] / statistics.median(report["matmul_tflops"])
+    products = gflop(model, kind) * batch["batch_size"] / statistics.median(report["matmul_tflops"])
     moved = model["moved_bytes"][kind] / 1e6 / statistics.median(report["copy_gb_per_second"])
     return products, moved, 1e3 * batch["batch_size"] / statistics.median(batch[kind]["images_per_second"])
 

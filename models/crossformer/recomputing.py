@@ -1,0 +1,16 @@
+"""Recomputing in the backward pass what the forward pass does not keep."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable, *inputs: Any) -> Tensor:
+    """``function(*inputs)``, of which only the inputs and the result are kept for the backward pass.
+
+    Recomputing ends where the last operation's inputs are there again, so a matrix product at the end of ``function``
+    is not done twice. Nothing in it may be drawn at random: it would be drawn anew (:class:`Blocks` draws outside).
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
