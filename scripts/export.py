@@ -33,7 +33,7 @@ from config import default_config, flatten
 from engine.trained import TrainedModel, load_trained
 from models import build_model
 from models.build import ARCHITECTURE
-from models.crossformer.network import MIN_IMAGE_SIZE
+from models.crossformer.embedding import MIN_IMAGE_SIZE
 from utils import checkpoint
 from utils.errors import Parser, UserError
 
