@@ -25,7 +25,7 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "inference", "training"), [("crossformer_small", 161, 872), ("crossformer_base", 305, 1472)]
+    ("name", "inference", "training"), [("crossformer_small", 161, 884), ("crossformer_base", 305, 1484)]
 )
 def test_kernels_of_a_pass(name, inference, training):
     """A forward pass in evaluation, and a forward and a backward pass: not one more than there were, on a CPU."""
@@ -61,16 +61,21 @@ def test_what_is_kept_for_the_backward_pass(name):
 
 
 def compiled_equals_eager(name: str, backend: str, selective: bool = False, **architecture) -> None:
-    """In training, its gradients too, and in evaluation, without a graph break; most maps are padded."""
+    """In training, its gradients too, and in evaluation, without a graph break.
+
+    Most maps are padded, and in the last blocks one of the two images loses a branch or both do.
+    """
     x, results = images(0, 2, 3, 96, 160), []
     for compile in (False, True):
         torch._dynamo.reset()
-        model = timm.create_model(name, num_classes=10, **architecture)
+        model = timm.create_model(name, num_classes=10, drop_path_rate=0.6, **architecture)
         fill(model)
         model.set_grad_checkpointing(selective, selective=True)
         if compile:
             model.compile(fullgraph=True, dynamic=False, backend=backend)
-        out = model.train()(x)
+        torch.manual_seed(0)
+        with torch._inductor.config.patch(fallback_random=True):  # the same random numbers as in eager mode
+            out = model.train()(x)
         out.square().mean().backward()
         with torch.inference_mode():
             evaluated = model.eval()(x)

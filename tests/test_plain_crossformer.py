@@ -1,7 +1,5 @@
 """The networks against an implementation that is written for clarity (plain_crossformer.py)."""
 
-from collections.abc import Iterator
-
 import pytest
 import timm
 import torch
@@ -9,7 +7,8 @@ from plain_crossformer import plain
 from test_crossformer import fill, images
 from torch import nn
 
-from models.crossformer import VARIANTS
+from models.crossformer import VARIANTS, network
+from models.crossformer.stochastic_depth import Branches, add_branch, draw_branches
 
 AT_224 = ("crossformer_small", "crossformerpp_small")
 
@@ -47,26 +46,32 @@ def test_same_gradients(overrides):
         assert torch.allclose(gradients[0][name], expected, rtol=0, atol=1e-4 * scale + 1e-6), name
 
 
-def test_same_stochastic_depth():
+@pytest.mark.parametrize("batch", [1, 8])
+def test_same_stochastic_depth(batch, monkeypatch):
     """The same where the same branches are dropped: what is drawn for a stage at once goes to the plain blocks."""
     model, reference = both("crossformer_micro", num_classes=10, drop_path_rate=0.5)
-    for stage, plain_stage in zip(model.train().layers, reference.layers, strict=True):
-        scales = stage.blocks.draw_branch_scales(4, torch.float32, torch.device("cpu"))
-        stage.blocks.draw_branch_scales = lambda *_, scales=scales: scales
-        for block, scale in zip(plain_stage.blocks, scales, strict=True):
-            block.drop_path = Scale(iter([1, 1] if scale is None else scale))
-    x = images(3, 4, 3, 64, 64)
-    out = model(x)
+    drawn = []
+
+    def draw(*arguments) -> list[Branches]:
+        drawn.extend(branches := draw_branches(*arguments))
+        return branches
+
+    monkeypatch.setattr(network, "draw_branches", draw)
+    x = images(3, batch, 3, 64, 64)
+    out = model.train()(x)
+    blocks = [block for stage in reference.layers for block in stage.blocks]
+    for block, branches in zip(blocks, drawn, strict=True):
+        block.drop_path = Scale(branches, batch)
     torch.testing.assert_close(out, reference(x), rtol=0, atol=1e-4)
     assert not torch.allclose(out, both("crossformer_micro", num_classes=10)[0](x), atol=1e-2)
 
 
 class Scale(nn.Module):
-    """Multiplies with the next of some factors."""
+    """Multiplies first with the factors of attention, then with those of the MLP."""
 
-    def __init__(self, factors: Iterator):
+    def __init__(self, branches: Branches, batch: int):
         super().__init__()
-        self.factors = factors
+        self.factors = (add_branch(torch.zeros(batch, 1, 1, 1), torch.ones_like, drawn) for drawn in branches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * next(self.factors)

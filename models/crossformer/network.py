@@ -7,7 +7,6 @@ The table of variants is at the end of the file; every variant is registered wit
 """
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,10 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from .embedding import MIN_IMAGE_SIZE, PATCH_KERNELS, PATCH_STRIDE, REDUCTION_STRIDE, PatchEmbed, PatchMerging
-from .grouping import Grouping, may_cache
+from .grouping import Grouping
 from .position_bias import BiasCache, DynamicPositionBias, align_rows, mask_keys
 from .recomputing import recomputed
+from .stochastic_depth import Branches, add_branch, draw_branches
 
 ACL_PERIOD = 3
 
@@ -110,18 +110,16 @@ class CrossFormerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, branch_scale: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, drawn: Branches) -> Tensor:
         """``(B, H, W, C)`` to the same shape.
 
         Args:
             grouping: of this map.
             bias: as for :class:`CrossScaleAttention`.
-            branch_scale: what the two branches of each image are multiplied with, ``(2, B, 1, 1, 1)``; None for 1.
+            drawn: the images that keep attention, and those that keep the MLP.
         """
-        branch = self.attention_branch(x, grouping, bias)
-        x = x + (branch if branch_scale is None else branch * branch_scale[0])
-        branch = self.mlp_branch(x)
-        x = x + (branch if branch_scale is None else branch * branch_scale[1])
+        x = add_branch(x, lambda x: self.attention_branch(x, grouping, bias), drawn[0])
+        x = add_branch(x, self.mlp_branch, drawn[1])
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
@@ -161,37 +159,15 @@ class Blocks(nn.ModuleList):
         dtype, (height, width) = product_dtype(x), x.shape[1:3]
         groupings = [Grouping.of(height, width, block.group_size, block.interval) for block in self]
         biases = self.bias_cache.biases([block.attn.pos for block in self], groupings, dtype)
-        scales = self.draw_branch_scales(x.shape[0], dtype, x.device)
-        for block, grouping, bias, scale in zip(self, groupings, biases, scales, strict=True):
+        rates = tuple(block.drop_path_rate if block.training else 0.0 for block in self)
+        branches = draw_branches(rates, x.shape[0], x.dtype, x.device)
+        for block, grouping, bias, drawn in zip(self, groupings, biases, branches, strict=True):
             bias = mask_keys(bias, grouping)
             if block.recompute == "full" and block.training:
-                x = recomputed(block, x, grouping, bias, scale)
+                x = recomputed(block, x, grouping, bias, drawn)
             else:
-                x = block(x, grouping, bias, scale)
+                x = block(x, grouping, bias, drawn)
         return x
-
-    def draw_branch_scales(self, batch: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor | None]:
-        """Stochastic depth: for each block ``(2, B, 1, 1, 1)``, 0 for a branch that is left out of an image.
-
-        The others are scaled up, so that the mean stays. Source: Huang et al., arXiv 1603.09382.
-        """
-        rates = tuple(block.drop_path_rate if block.training else 0.0 for block in self)
-        if not any(rates):
-            return [None] * len(self)
-        keep = (_cached_keep_rates if may_cache() else _keep_rates)(rates, device)
-        is_kept = torch.rand(len(keep), 2, batch, 1, 1, 1, device=device) < keep
-        scales = (is_kept / keep).to(dtype).unbind()
-        return [scale if rate else None for rate, scale in zip(rates, scales, strict=True)]
-
-
-def _keep_rates(drop_path_rates: tuple[float, ...], device: torch.device) -> Tensor:
-    return 1 - torch.tensor(drop_path_rates, device=device).reshape(-1, 1, 1, 1, 1, 1)
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _cached_keep_rates(drop_path_rates: tuple[float, ...], device: torch.device) -> Tensor:
-    return _keep_rates(drop_path_rates, device)
 
 
 class Stage(nn.Module):

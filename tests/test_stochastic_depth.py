@@ -1,0 +1,97 @@
+"""Stochastic depth: each branch of each image at its rate, and nothing computed of what is dropped but a fraction."""
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.crossformer.stochastic_depth import add_branch, computed_images, draw_branches
+from scripts.benchmarks.counting import saved_bytes
+
+CPU = torch.device("cpu")
+
+
+def factors(rate: float, batch: int, draws: int) -> torch.Tensor:
+    """What two branches of each image are multiplied with, ``(draws, 2, batch)``, drawn anew each time."""
+    drawn = []
+    for _ in range(draws):
+        branches = draw_branches((rate,), batch, torch.float32, CPU)[0]
+        drawn.append(torch.stack([add_branch(torch.zeros(batch, 1, 1, 1), torch.ones_like, d) for d in branches]))
+    return torch.stack(drawn).reshape(draws, 2, batch)
+
+
+@pytest.mark.parametrize(("rate", "batch"), [(0.3, 1), (0.1, 4), (0.7, 4), (0.25, 8), (0.37, 50)])
+def test_every_image_loses_every_branch_at_the_rate(rate, batch):
+    """Each at the same rate, branches of an image independently of each other, with the mean as it was."""
+    draws = 4000
+    scale = factors(rate, batch, draws)
+    assert scale.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+    is_dropped = (scale == 0).double()
+    allowed = 5 * (rate * (1 - rate) / draws) ** 0.5  # five standard deviations
+    assert is_dropped.mean(0).flatten().tolist() == pytest.approx([rate] * 2 * batch, abs=allowed)
+    assert is_dropped.prod(1).mean(0).tolist() == pytest.approx([rate**2] * batch, abs=allowed)
+
+
+@pytest.mark.parametrize(("rate", "batch"), [(0.1, 4), (0.7, 4), (0.25, 8), (0.37, 50)])
+def test_how_many_keep_a_branch(rate, batch):
+    """The number is the expected one, rounded down or up."""
+    kept = (factors(rate, batch, 200) > 0).sum(-1)
+    assert kept.float().mean().item() == pytest.approx(batch * (1 - rate), abs=0.15)
+    assert (kept - batch * (1 - rate)).abs().max() < 1
+
+
+def test_images_are_dropped_in_all_combinations():
+    """Two of four images keep a branch at 0.5: each of the six pairs is as likely as the others."""
+    pairs = (factors(0.5, 4, 3000)[:, 0] > 0).long() @ torch.tensor([1, 2, 4, 8])
+    assert sorted(pairs.unique().tolist()) == [3, 5, 6, 9, 10, 12]
+    assert pairs.bincount()[pairs.unique()].float().div(3000).tolist() == pytest.approx([1 / 6] * 6, abs=0.035)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.25, 0.5, 0.999])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 37, 64, 100, 256])
+def test_few_images_are_computed_in_vain(rate, batch):
+    computed, share = computed_images(rate, batch), max(1, batch // 32)
+    assert 1 <= computed <= batch
+    assert computed % share == 0 or computed == batch
+    assert batch * (1 - rate) - 1e-6 <= computed < batch * (1 - rate) + share + 1
+
+
+def test_nothing_is_drawn_where_nothing_can_be_dropped():
+    state = torch.get_rng_state()
+    assert draw_branches((0.0, 0.0), 8, torch.float32, CPU) == [(None, None)] * 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draw_branches((0.0, 0.3), 8, torch.float32, CPU)[0] == (None, None)
+
+
+def test_blocks_that_are_not_trained_drop_nothing():
+    blocks = timm.create_model("crossformer_micro", drop_path_rate=0.9).layers[1].blocks
+    blocks[1].eval()
+    x = torch.randn(4, 4, 4, 64)
+    assert not torch.equal(blocks(x), blocks(x))
+    blocks[0].eval()
+    assert torch.equal(blocks(x), blocks(x))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_adding_a_branch(batch):
+    """What multiplying every image's branch with its factor gives, and the same derivatives, the second too."""
+    drawn = draw_branches((0.4,), batch, torch.float64, CPU)[0][0]
+    scale = add_branch(torch.zeros(batch, 1, 1, 1).double(), torch.ones_like, drawn)
+    x = torch.randn(batch, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(add_branch(x, torch.sin, drawn), x + scale * x.sin())
+    assert torch.autograd.gradcheck(lambda x: add_branch(x, torch.sin, drawn), x)
+    assert torch.autograd.gradgradcheck(lambda x: add_branch(x, torch.sin, drawn), x)
+
+
+def test_what_is_dropped_is_not_computed():
+    """At a rate of 0.5 on average a quarter of the blocks' work; what is kept for the backward pass shrinks too."""
+    work, kept = [], []
+    for rate in (0.0, 0.5):
+        with torch.device("meta"):
+            model, x = timm.create_model("crossformer_large", drop_path_rate=rate), torch.randn(64, 3, 224, 224)
+            with FlopCounterMode(display=False) as counter:
+                model(x).sum().backward()
+            work.append(counter.get_total_flops())
+            kept.append(saved_bytes(lambda model=model, x=x: model(x).sum(), model.parameters()))
+    assert work[1] / work[0] < 0.79
+    assert kept[1] / kept[0] < 0.85
