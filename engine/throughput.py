@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from config import output_dir
-from engine.model import begin_step, compile_in_place, giga_macs, prepare_model
+from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, training_giga_macs
 from engine.precision import choose_precision
 from engine.train import build_criterion, update_weights
 from optimizer import build_optimizer
@@ -36,6 +36,7 @@ def run_throughput(config, device: torch.device) -> dict:
     classes = config.MODEL.NUM_CLASSES or 1000
     model = prepare_model(config, classes, device)
     gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
+    training_gmac = training_giga_macs(model, config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE)
     optimizer, scaler = build_optimizer(config, model), precision.scaler()
     parameters = list(model.parameters())
     criterion = build_criterion(config, soft_targets=False)
@@ -64,6 +65,7 @@ def run_throughput(config, device: torch.device) -> dict:
         "model": config.MODEL.NAME,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gmac": gmac,
+        "training_gmac": training_gmac,
         "image_size": size,
         "batch_size": batch_size,
         "precision": precision.name,
@@ -72,8 +74,8 @@ def run_throughput(config, device: torch.device) -> dict:
         "device": describe_device(device),
         "torch": torch.__version__,
     }
-    loops = (("forward", forward, False, 1), ("training_step", training_step, True, TRAIN_STEP_MACS))
-    for name, run, training, macs in loops:
+    loops = (("forward", forward, False, gmac), ("training_step", training_step, True, TRAIN_STEP_MACS * training_gmac))
+    for name, run, training, work in loops:
         model.train(training)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -82,7 +84,7 @@ def run_throughput(config, device: torch.device) -> dict:
         result[name] = {
             "images_per_second": 1e3 * batch_size / median,
             "milliseconds": {"median": median, "min": min(milliseconds), "max": max(milliseconds)},
-            "tflops": 2 * macs * gmac * batch_size / median,  # GMAC / ms is TMAC / s
+            "tflops": 2 * work * batch_size / median,  # GMAC / ms is TMAC / s
             "peak_memory_bytes": peak_memory_bytes(device),
         }
     print_table(result)

@@ -39,8 +39,11 @@ def test_same_logits_and_gradients_as_on_the_cpu(name, size):
 
 
 def test_a_batch_with_more_groups_than_a_grid_dimension():
-    """256 images in 256 groups each are one more than the 65,535 blocks of a CUDA grid dimension."""
-    model = timm.create_model("crossformerpp_small", depths=(2, 1, 1, 1)).cuda()
+    """256 images in 256 groups each are one more than the 65,535 blocks of a CUDA grid dimension.
+
+    In training under autocast, with stochastic depth and a block that ends with an amplitude cooling layer.
+    """
+    model = timm.create_model("crossformerpp_small", depths=(2, 1, 4, 1), drop_path_rate=0.5).cuda()
     x = torch.randn(256, 3, 224, 224, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
         model(x).float().sum().backward()
@@ -62,7 +65,7 @@ def test_cuda_graphs_train_and_evaluate_the_same(run_main, digits):
 def test_nothing_keeps_cuda_graphs_from_being_used():
     """With stochastic depth, whose draws differ from step to step."""
     counters.clear()
-    model = timm.create_model("crossformer_micro", num_classes=10, drop_path_rate=0.5).cuda()
+    model = timm.create_model("crossformer_micro", num_classes=10, depths=(1, 1, 10, 1), drop_path_rate=0.5).cuda()
     model.compile(mode="reduce-overhead", dynamic=False)
     x, losses = torch.ones(8, 3, 32, 32, device="cuda"), []
     for _ in range(6):

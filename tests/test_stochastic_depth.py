@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.crossformer.stochastic_depth import add_branch, computed_images, draw_branches
@@ -11,38 +12,42 @@ from scripts.benchmarks.counting import saved_bytes
 CPU = torch.device("cpu")
 
 
-def factors(rate: float, batch: int, draws: int) -> torch.Tensor:
-    """What two branches of each image are multiplied with, ``(draws, 2, batch)``, drawn anew each time."""
+def factors(rates: tuple[float, ...], batch: int, draws: int) -> torch.Tensor:
+    """What the branches of each image are multiplied with, ``(draws, blocks, 2, batch)``, drawn anew each time."""
     drawn = []
     for _ in range(draws):
-        branches = draw_branches((rate,), batch, torch.float32, CPU)[0]
+        branches = [drawn for block in draw_branches(rates, batch, torch.float32, CPU) for drawn in block]
         drawn.append(torch.stack([add_branch(torch.zeros(batch, 1, 1, 1), torch.ones_like, d) for d in branches]))
-    return torch.stack(drawn).reshape(draws, 2, batch)
+    return torch.stack(drawn).reshape(draws, len(rates), 2, batch)
 
 
-@pytest.mark.parametrize(("rate", "batch"), [(0.3, 1), (0.1, 4), (0.7, 4), (0.25, 8), (0.37, 50)])
-def test_every_image_loses_every_branch_at_the_rate(rate, batch):
-    """Each at the same rate, branches of an image independently of each other, with the mean as it was."""
-    draws = 4000
-    scale = factors(rate, batch, draws)
-    assert scale.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
-    is_dropped = (scale == 0).double()
-    allowed = 5 * (rate * (1 - rate) / draws) ** 0.5  # five standard deviations
-    assert is_dropped.mean(0).flatten().tolist() == pytest.approx([rate] * 2 * batch, abs=allowed)
-    assert is_dropped.prod(1).mean(0).tolist() == pytest.approx([rate**2] * batch, abs=allowed)
+@pytest.mark.parametrize("rates", [(0.3,), (0.1, 0.3, 0.65)])
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_every_image_loses_every_branch_at_the_rate_of_its_block(rates, batch):
+    """With the mean as it was; whether an image loses a branch says nothing of what else it loses."""
+    draws = 3000
+    is_dropped = torch.zeros(draws, len(rates), 2, batch, dtype=torch.float64)
+    for i, (rate, scale) in enumerate(zip(rates, factors(rates, batch, draws).unbind(1), strict=True)):
+        assert scale.unique().tolist() == pytest.approx([0, 1 / (1 - rate)])
+        is_dropped[:, i] = scale == 0
+        allowed = 5 * (rate * (1 - rate) / draws) ** 0.5  # five standard deviations
+        assert is_dropped[:, i].mean(0).flatten().tolist() == pytest.approx([rate] * 2 * batch, abs=allowed)
+    for of_an_image in is_dropped.flatten(1, 2).unbind(-1):
+        correlation = of_an_image.mT.corrcoef() - torch.eye(2 * len(rates))
+        assert correlation.abs().max() < 5 / draws**0.5
 
 
 @pytest.mark.parametrize(("rate", "batch"), [(0.1, 4), (0.7, 4), (0.25, 8), (0.37, 50)])
 def test_how_many_keep_a_branch(rate, batch):
     """The number is the expected one, rounded down or up."""
-    kept = (factors(rate, batch, 200) > 0).sum(-1)
+    kept = (factors((rate,), batch, 200) > 0).sum(-1)
     assert kept.float().mean().item() == pytest.approx(batch * (1 - rate), abs=0.15)
     assert (kept - batch * (1 - rate)).abs().max() < 1
 
 
 def test_images_are_dropped_in_all_combinations():
     """Two of four images keep a branch at 0.5: each of the six pairs is as likely as the others."""
-    pairs = (factors(0.5, 4, 3000)[:, 0] > 0).long() @ torch.tensor([1, 2, 4, 8])
+    pairs = (factors((0.5,), 4, 3000)[:, 0, 0] > 0).long() @ torch.tensor([1, 2, 4, 8])
     assert sorted(pairs.unique().tolist()) == [3, 5, 6, 9, 10, 12]
     assert pairs.bincount()[pairs.unique()].float().div(3000).tolist() == pytest.approx([1 / 6] * 6, abs=0.035)
 
@@ -53,7 +58,7 @@ def test_few_images_are_computed_in_vain(rate, batch):
     computed, share = computed_images(rate, batch), max(1, batch // 32)
     assert 1 <= computed <= batch
     assert computed % share == 0 or computed == batch
-    assert batch * (1 - rate) - 1e-6 <= computed < batch * (1 - rate) + share + 1
+    assert batch * (1 - rate) - 1e-6 <= computed < batch * (1 - rate) + share + 1e-3
 
 
 def test_nothing_is_drawn_where_nothing_can_be_dropped():
@@ -79,8 +84,36 @@ def test_adding_a_branch(batch):
     scale = add_branch(torch.zeros(batch, 1, 1, 1).double(), torch.ones_like, drawn)
     x = torch.randn(batch, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(add_branch(x, torch.sin, drawn), x + scale * x.sin())
-    assert torch.autograd.gradcheck(lambda x: add_branch(x, torch.sin, drawn), x)
+    assert torch.autograd.gradcheck(lambda x: add_branch(x, torch.sin, drawn), x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: add_branch(x, torch.sin, drawn), x)
+
+
+def test_under_autocast_as_cuda_has_it(monkeypatch):
+    """There norms return single precision, so that within a stage the map goes from one precision to the other."""
+    norm = F.layer_norm
+
+    def layer_norm(x: torch.Tensor, shape: tuple[int, ...], *parameters) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return norm(x.float(), shape, *parameters)
+
+    monkeypatch.setattr(F, "layer_norm", layer_norm)
+    model = timm.create_model("crossformer_micro", depths=(1, 1, 5, 1), amplitude_cooling=True, drop_path_rate=0.5)
+    for recompute in (dict(enable=False), dict(enable=True, selective=True), dict(enable=True)):
+        model.set_grad_checkpointing(**recompute)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(torch.randn(8, 3, 64, 64)).float().sum()
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_for_any_batch():
+    """One graph serves batches of several sizes where the user wants that; the trainer's are of one size."""
+    torch._dynamo.reset()
+    blocks = timm.create_model("crossformer_micro", drop_path_rate=0.9).layers[1].blocks
+    blocks.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    for batch in (8, 12):
+        blocks(torch.randn(batch, 4, 4, 64)).sum().backward()
 
 
 def test_what_is_dropped_is_not_computed():

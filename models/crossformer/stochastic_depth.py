@@ -16,19 +16,18 @@ from torch import Tensor
 from .grouping import may_cache
 
 SHARES = 32
-"""The number of computed images is a multiple of a 32nd of the batch, so that few shapes have to be compiled."""
+"""The number of computed images is a multiple of a 32nd of the batch, so that fewer shapes have to be compiled."""
 
 
 class Drawn(NamedTuple):
-    """Which images a branch is computed for, and what it is multiplied with there.
+    """Which images of a batch keep a branch, and for which it is computed."""
 
-    Kept branches are scaled up, so that the mean stays; the factor is 0 for an image that is computed in vain.
-    """
-
-    images: Tensor | None
-    """Indices ``(computed,)``; None for the whole batch as it is."""
     scale: Tensor
-    """``(computed, 1, 1, 1)``"""
+    """What the branch of each image is multiplied with, ``(B, 1, 1, 1)``: 0, or so much that the mean stays."""
+    images: Tensor | None = None
+    """For which images the branch is computed, ``(computed,)``; None for all, as they are."""
+    places: Tensor | None = None
+    """Where among them each image's branch is, ``(B,)``; anywhere for an image that loses it."""
 
 
 Branches = tuple[Drawn | None, Drawn | None]
@@ -43,25 +42,26 @@ def draw_branches(rates: tuple[float, ...], batch: int, dtype: torch.dtype, devi
     """
     if not any(rates):
         return [(None, None)] * len(rates)
-    keep_rates, limits = (_cached_limits if may_cache() else _limits)(rates, batch, device)
-    order = torch.rand(len(rates), 2, batch, device=device).argsort(dim=-1)
-    scale_at_place = ((torch.rand(len(rates), 2, 1, device=device) < limits) / keep_rates).to(dtype)
-    scale_of_image = scale_at_place.gather(-1, order)
+    keep_rates, limits, last_places = (_cached_limits if may_cache() else _limits)(rates, batch, device)
+    places = torch.rand(len(rates), 2, batch, dtype=torch.float32, device=device).argsort(dim=-1)
+    is_kept = torch.rand(len(rates), 2, 1, dtype=torch.float32, device=device) < limits
+    scale = (is_kept / keep_rates).to(dtype).gather(-1, places).reshape(len(rates), 2, batch, 1, 1, 1)
+    computed = [computed_images(rate, batch) for rate in rates]
+    if min(computed) < batch:
+        images, places = places.argsort(dim=-1), places.minimum(last_places)
     drawn: list[Branches] = []
-    for i, rate in enumerate(rates):
-        computed = computed_images(rate, batch)
+    for i, (rate, size) in enumerate(zip(rates, computed, strict=True)):
         if not rate:
             drawn.append((None, None))
-        elif computed == batch:
-            drawn.append(tuple(Drawn(None, scale.view(-1, 1, 1, 1)) for scale in scale_of_image[i]))
+        elif size == batch:
+            drawn.append((Drawn(scale[i, 0]), Drawn(scale[i, 1])))
         else:
-            pairs = zip(order[i, :, :computed], scale_at_place[i, :, :computed], strict=True)
-            drawn.append(tuple(Drawn(images, scale.view(-1, 1, 1, 1)) for images, scale in pairs))
+            drawn.append(tuple(Drawn(scale[i, j], images[i, j, :size], places[i, j]) for j in range(2)))
     return drawn
 
 
 def computed_images(rate: float, batch: int) -> int:
-    """How many of ``batch`` images a branch that is dropped at ``rate`` is computed for."""
+    """For how many of ``batch`` images a branch is computed that is dropped at ``rate``."""
     share = max(1, batch // SHARES)
     return min(batch, math.ceil(batch * (1 - rate) / share) * share)
 
@@ -72,33 +72,22 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drawn: Drawn | Non
         return x + branch(x)
     if drawn.images is None:
         return x + branch(x) * drawn.scale
-    return AddScaled.apply(x, branch(x.index_select(0, drawn.images)), drawn.scale, drawn.images)
+    computed = branch(x.index_select(0, drawn.images))
+    return x + computed.index_select(0, drawn.places) * drawn.scale
 
 
-class AddScaled(torch.autograd.Function):
-    """``x.index_add(0, images, branch * scale)``, which by itself would keep the product for the backward pass."""
+def _limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each block: the rate of keeping, ``(blocks, 1, 1)``; with which probability the image at each place is kept,
+    ``(blocks, 1, batch)``; the last place that is computed, ``(blocks, 1, 1)``.
 
-    @staticmethod
-    def forward(x: Tensor, branch: Tensor, scale: Tensor, images: Tensor) -> Tensor:
-        return x.index_add(0, images, branch * scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[2:])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, images = ctx.saved_tensors
-        return grad, grad.index_select(0, images) * scale, None, None
-
-
-def _limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rates of keeping ``(blocks, 1, 1)``, and the probability to keep the image at each place of the order."""
-    keep_rates = 1 - torch.tensor(rates, device=device).reshape(-1, 1, 1)
-    return keep_rates, batch * keep_rates - torch.arange(batch, device=device)
+    Of constants on the device: with a tensor made on the host, torch.compile would not use CUDA graphs.
+    """
+    keep = torch.stack([torch.full((1, 1), 1 - rate, dtype=torch.float32, device=device) for rate in rates])
+    last = [torch.full((1, 1), computed_images(rate, batch) - 1, device=device) for rate in rates]
+    return keep, batch * keep - torch.arange(batch, device=device), torch.stack(last)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _cached_limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _cached_limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return _limits(rates, batch, device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import nn
 
-from engine.model import begin_step
+from engine.model import begin_step, training_giga_macs
 from engine.precision import Precision
 from engine.throughput import TRAIN_STEP_MACS
 from scripts.benchmarks import contenders, plot
@@ -46,6 +46,7 @@ class Contender:
     model: nn.Module
     precision: Precision
     gmac: float
+    training_gmac: dict[int, float]  # by batch size
     kernels: dict[str, int] = field(default_factory=dict)
     moved_bytes: dict[str, int] = field(default_factory=dict)
 
@@ -108,6 +109,7 @@ def benchmark_model(arguments: Namespace) -> None:
                 "batches": [
                     {
                         "batch_size": n,
+                        "training_gmac": one.training_gmac[n],
                         **{
                             kind: {
                                 "images_per_second": figures.get((one.name, n, kind)),
@@ -134,7 +136,8 @@ def prepare(name: str, arguments: Namespace, precision: Precision) -> Contender:
     gmac = contenders.count_gmac(name.removeprefix(contenders.PLAIN), arguments.image_size)
     torch.manual_seed(0)
     model = contenders.create(name, arguments.image_size)
-    made = Contender(name, model.to(device, memory_format=torch.channels_last), precision, gmac)
+    training = {n: training_giga_macs(model, arguments.image_size, n) for n in arguments.batch_sizes}
+    made = Contender(name, model.to(device, memory_format=torch.channels_last), precision, gmac, training)
     if arguments.compile == "none":
         batch = contenders.synthetic_batch(1, arguments.image_size, device)
         for kind in KINDS:
@@ -203,12 +206,12 @@ def copying(device: torch.device) -> Callable[[], float]:
 
 def tflops(model: dict, kind: str, batch: dict) -> float:
     """Achieved by the median."""
-    return gflop(model, kind) * statistics.median(batch[kind]["images_per_second"]) / 1e3
+    return gflop(model, kind, batch) * statistics.median(batch[kind]["images_per_second"]) / 1e3
 
 
-def gflop(model: dict, kind: str) -> float:
+def gflop(model: dict, kind: str, batch: dict) -> float:
     """Of one image; 2 operations for each multiply-accumulate."""
-    return 2 * model["gmac"] * (TRAIN_STEP_MACS if kind == "training" else 1)
+    return 2 * (TRAIN_STEP_MACS * batch["training_gmac"] if kind == "training" else model["gmac"])
 
 
 def tables(report: dict) -> list:
@@ -260,7 +263,7 @@ def tables(report: dict) -> list:
 def floors(report: dict, model: dict, kind: str) -> tuple[float, float, float]:
     """Milliseconds of a batch of the largest size: of its products, of what is moved, and as measured."""
     batch = model["batches"][-1]
-    products = gflop(model, kind) * batch["batch_size"] / statistics.median(report["matmul_tflops"])
+    products = gflop(model, kind, batch) * batch["batch_size"] / statistics.median(report["matmul_tflops"])
     moved = model["moved_bytes"][kind] / 1e6 / statistics.median(report["copy_gb_per_second"])
     return products, moved, 1e3 * batch["batch_size"] / statistics.median(batch[kind]["images_per_second"])
 
