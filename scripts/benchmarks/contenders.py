@@ -37,7 +37,7 @@ DEFAULT_ON_CPU = (
 )  # fmt: skip
 
 CLASSES = 1000
-STOCHASTIC_DEPTH = 0.1
+STOCHASTIC_DEPTH_OF_PEERS = 0.2
 
 
 def check_names(names: list[str]) -> None:
@@ -54,16 +54,25 @@ def create(name: str, image_size: int) -> nn.Module:
     """The model with random weights, stochastic depth and 1,000 classes, on the CPU."""
     if name.startswith(PLAIN):
         variant = name.removeprefix(PLAIN)
-        model = plain(variant, num_classes=CLASSES, drop_path_rate=STOCHASTIC_DEPTH)
+        model = plain(variant, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(variant))
         model.load_state_dict(create(variant, image_size).state_dict())
         return model
+    if name in VARIANTS:
+        return timm.create_model(name, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(name))
     name = PEERS.get(name, name)
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
     sizes = {"img_size": image_size} if fixed else {}  # of these the constructor has to know
     try:
-        return timm.create_model(name, num_classes=CLASSES, drop_path_rate=STOCHASTIC_DEPTH, **sizes)
+        return timm.create_model(name, num_classes=CLASSES, drop_path_rate=STOCHASTIC_DEPTH_OF_PEERS, **sizes)
     except TypeError:  # not every model of timm has stochastic depth
         return timm.create_model(name, num_classes=CLASSES, **sizes)
+
+
+@cache
+def published_stochastic_depth(variant: str) -> float:
+    """That of the variant's recipe, which decides how much of a training step need not be computed."""
+    recipe = variant.removeprefix("crossformer").removeprefix("_")
+    return build_config(f"configs/{recipe}.yaml").MODEL.DROP_PATH_RATE
 
 
 @cache
