@@ -14,6 +14,7 @@ from timm.models._hub import save_for_hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import build_config
+from engine.checkpoints import Checkpoints
 
 PLAIN = ("MODEL.DROP_PATH_RATE", "0", "AUG.SCALE", "[1.0,1.0]", "AUG.RATIO", "[1.0,1.0]")
 """Neither dropout nor mixing: the ranks then draw nothing at random that differs between them."""
@@ -119,7 +120,8 @@ def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     whole = run_main(*flags, "--tag", "whole", tag="whole")
 
     stop_at("step 9/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
-    stopped_at = torch.load(whole.results.parent / "run" / "checkpoints" / "last.pth", weights_only=True)["step"]
+    newest, _ = Checkpoints(whole.results.parent / "run" / "checkpoints").newest()  # the kill may fall between renames
+    stopped_at = torch.load(newest, weights_only=True)["step"]
     assert 6 < stopped_at < 12
     resumed = run_main(*flags)
     assert f"after step {stopped_at}" in resumed.stdout
