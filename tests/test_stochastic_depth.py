@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 
 def factors(rates: tuple[float, ...], batch: int, draws: int) -> torch.Tensor:
     """What the branches of each image are multiplied with, ``(draws, blocks, 2, batch)``, drawn anew each time."""
+    torch.manual_seed(0)
     drawn = []
     for _ in range(draws):
         branches = [drawn for block in draw_branches(rates, batch, torch.float32, CPU) for drawn in block]
