@@ -42,15 +42,16 @@ def draw_branches(rates: tuple[float, ...], batch: int, dtype: torch.dtype, devi
     """
     if not any(rates):
         return [(None, None)] * len(rates)
-    keep_rates, limits, last_places = (_cached_limits if may_cache() else _limits)(rates, batch, device)
+    keep_rates, limits, sizes = (_cached_limits if may_cache() else _limits)(rates, batch, device)
     places = torch.rand(len(rates), 2, batch, dtype=torch.float32, device=device).argsort(dim=-1)
     is_kept = torch.rand(len(rates), 2, 1, dtype=torch.float32, device=device) < limits
     scale = (is_kept / keep_rates).to(dtype).gather(-1, places).reshape(len(rates), 2, batch, 1, 1, 1)
-    computed = [computed_images(rate, batch) for rate in rates]
-    if min(computed) < batch:
-        images, places = places.argsort(dim=-1), places.minimum(last_places)
+    if computed_images(max(rates), batch) < batch:
+        # Images that lose the branch are spread over the computed ones: their gradients, all 0, are added there.
+        images, places = places.argsort(dim=-1), places.remainder(sizes)
     drawn: list[Branches] = []
-    for i, (rate, size) in enumerate(zip(rates, computed, strict=True)):
+    for i, rate in enumerate(rates):
+        size = computed_images(rate, batch)
         if not rate:
             drawn.append((None, None))
         elif size == batch:
@@ -78,13 +79,13 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drawn: Drawn | Non
 
 def _limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of each block: the rate of keeping, ``(blocks, 1, 1)``; with which probability the image at each place is kept,
-    ``(blocks, 1, batch)``; the last place that is computed, ``(blocks, 1, 1)``.
+    ``(blocks, 1, batch)``; how many images are computed, ``(blocks, 1, 1)``.
 
     Of constants on the device: with a tensor made on the host, torch.compile would not use CUDA graphs.
     """
     keep = torch.stack([torch.full((1, 1), 1 - rate, dtype=torch.float32, device=device) for rate in rates])
-    last = [torch.full((1, 1), computed_images(rate, batch) - 1, device=device) for rate in rates]
-    return keep, batch * keep - torch.arange(batch, device=device), torch.stack(last)
+    sizes = torch.stack([torch.full((1, 1), computed_images(rate, batch), device=device) for rate in rates])
+    return keep, batch * keep - torch.arange(batch, device=device), sizes
 
 
 @lru_cache(maxsize=64)
