@@ -1,6 +1,7 @@
 """What a run consists of besides its config and data."""
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ class TrainState:
     """Weights, optimizer, moving average, loss scale, steps done, best score: all that a run changes.
 
     There is no state of random generators, data loader or schedule: they are derived from the step.
+
+    Attributes:
+        changing: held while weights, step and the rest do not fit each other.
     """
 
     model: nn.Module
@@ -33,6 +37,23 @@ class TrainState:
     step: int = 0
     best_top1: float = -1.0
     evaluated_step: int = 0
+    changing: threading.RLock = field(default_factory=threading.RLock)
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def begin_step(self) -> None:
+        """Remember what a forward pass changes, BatchNorm's statistics, in case the step is never finished."""
+        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+    def finish_step(self) -> None:
+        """The step is done, and everything fits it."""
+        self.step += 1
+        self._buffers = {}
+
+    def content_before_step(self) -> dict[str, Any]:
+        """The same as :meth:`content` in the middle of a step: what was there before it."""
+        content = self.content()
+        content["model"].update((name, value) for name, value in self._buffers.items() if name in content["model"])
+        return content
 
     def content(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""

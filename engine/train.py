@@ -23,11 +23,12 @@ from engine.model import begin_step, compile_in_place, giga_macs, prepare_model,
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, write_bad_batch
 from engine.state import TrainState, check_resumable, step_after
-from engine.stopping import StopRequest
+from engine.stopping import PATIENCE_SECONDS, Stopped, StopRequest
 from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
+from utils.bulletin import Bulletin
 from utils.distributed import AgreedError, agreement, from_main, is_main, rank, sum_over_ranks, world_size
 from utils.errors import UserError
 from utils.logger import RunLog
@@ -36,8 +37,19 @@ from utils.randomness import seed_everything
 from utils.watchdog import Watchdog
 
 
-def train(config, device: torch.device) -> None:
-    """Train for TRAIN.EPOCHS, from the start or from where an earlier run of the same name stopped."""
+def train(config, device: torch.device, stop: StopRequest | None = None) -> None:
+    """Train for TRAIN.EPOCHS, from the start or from where an earlier run of the same name stopped.
+
+    Raises:
+        Stopped: ``stop`` has asked for it; everything is saved.
+    """
+    stop = stop or StopRequest()
+    with Bulletin(stop) as bulletin:
+        run(config, device, stop, bulletin)
+
+
+def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin) -> None:
+    """Prepare everything, take the steps, and say how it has ended."""
     with agreement():
         loaders = build_loaders(config, device)
         steps_per_epoch, global_batch = loaders.train.steps_per_epoch, loaders.train.global_batch
@@ -71,13 +83,23 @@ def train(config, device: torch.device) -> None:
                 log.message(
                     f"micro-batches of {config.DATA.BATCH_SIZE} are computed in {parts} parts, for want of memory"
                 )
-            with StopRequest() as stop, Watchdog(config.TRAIN.HANG_MINUTES) as watchdog:
-                take_steps(config, state, loaders, schedule, mix, precision, parts, checkpoints, stop, watchdog, log)
-                checkpoints.finish()
-        if state.step < total_steps:
-            log.message(f"stopped by {stop.name} after step {state.step:,}; the same command carries on from there")
-        else:
-            log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
+            with Watchdog(config.TRAIN.HANG_MINUTES, bulletin, output_dir(config)) as watchdog:
+                try:
+                    take_steps(
+                        config, state, loaders, schedule, mix, precision, parts, checkpoints, stop, watchdog, log
+                    )
+                    checkpoints.finish()
+                except Stopped:
+                    stop.answer()
+                    checkpoints.finish()
+                    log.message(stopped_after(state.step, stop))
+                    raise
+        log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
+
+
+def stopped_after(step: int, stop: StopRequest) -> str:
+    """The last line of a run that a signal has ended."""
+    return f"stopped by {stop.name} after step {step:,}; the same command carries on from there"
 
 
 def take_steps(
@@ -107,26 +129,46 @@ def take_steps(
         epoch, steps_into_epoch = divmod(step, steps_per_epoch)
         return not steps_into_epoch and (epoch % config.TRAIN.EVAL_EVERY_EPOCHS == 0 or step == total_steps)
 
-    def save() -> None:
-        if is_main():
+    def save(content: Callable[[], dict] = state.content) -> None:
+        if not is_main():
+            return
+        with state.changing:
             facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
             epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
             keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
             keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
-            checkpoints.save_last({**state.content(), **facts, "epoch": epoch, "config": config.dump()}, keep)
+            checkpoints.save_last({**content(), **facts, "epoch": epoch, "config": config.dump()}, keep)
+
+    def rescue() -> str:
+        """Save from another thread, while the main one is stuck in the middle of a step."""
+        if not is_main():
+            return ""
+        if not state.changing.acquire(timeout=PATIENCE_SECONDS):
+            return f"stopped by {stop.name} in the middle of a step; the same command carries on from the last save"
+        save(state.content_before_step)
+        checkpoints.finish()
+        return stopped_after(state.step, stop)
+
+    def say_and_close(text: str) -> None:
+        log.message(text)
+        log.close()
 
     def evaluate_and_save() -> None:
-        evaluate_and_keep_best(config, state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
+        with stop.at_once():  # the state is saved already
+            evaluate_and_keep_best(config, state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
         save()
         watchdog.beat(state.step)
 
+    stop.rescue, stop.say = rescue, say_and_close
     if evaluation_due(state.step) and state.evaluated_step < state.step:
         evaluate_and_save()  # an earlier run stopped between a save and its evaluation
     set_training_mode(model)
     batches = timed(loader.micro_batches(state.step, total_steps), stopwatch, watchdog)
+    stop.defer()
     for step in range(state.step, total_steps):
         learning_rate = schedule(step)
         set_learning_rate(state.optimizer, learning_rate)
+        state.begin_step()
         step_loss = torch.zeros((), device=device)
         begin_step(state.model)
         for micro_step in range(accumulation):
@@ -141,10 +183,11 @@ def take_steps(
                         loss = criterion(model(x), y) * share
                     state.scaler.scale(loss).backward()
                 step_loss += loss.detach()
-        grad_norm, finite = update_weights(state.optimizer, state.scaler, parameters, max_norm)
-        if state.ema:
-            state.ema.update(state.model, step + 1, finite)
-        state.step = step + 1
+        with state.changing:
+            grad_norm, finite = update_weights(state.optimizer, state.scaler, parameters, max_norm)
+            if state.ema:
+                state.ema.update(state.model, step + 1, finite)
+            state.finish_step()
         skipped.add(finite)  # these two stay on the device
         meters.add(finite, loss=step_loss, grad_norm=grad_norm)
         stopwatch.images(loader.global_batch)
@@ -171,7 +214,8 @@ def take_steps(
             stopwatch.restart()
         if stop.agreed():
             save()
-            return
+            raise Stopped
+    stop.settle()
 
 
 def parts_of_a_batch(config, model: nn.Module, precision: Precision) -> int:
@@ -304,9 +348,9 @@ def timed(batches: Iterator, stopwatch: Stopwatch, watchdog: Watchdog) -> Iterat
     """The same batches; the time spent waiting for each goes to the stopwatch, and the watchdog knows of it."""
     while True:
         start = time.perf_counter()
-        watchdog.activity = "loading data"
+        watchdog.doing("loading data")
         batch = next(batches, None)
-        watchdog.activity = "computing"
+        watchdog.doing("computing")
         if batch is None:
             return
         stopwatch.waited(time.perf_counter() - start)
@@ -358,7 +402,6 @@ def evaluate_and_keep_best(
 ) -> None:
     """Evaluate the weights, and their moving average where there is one; keep what beats the best so far."""
     state.share_buffers()
-    state.evaluated_step = state.step
     candidates = {"model": state.model, **({"ema": state.ema.module} if state.ema else {})}
     for weights, model in candidates.items():
         result = evaluate(model, loaders.val, precision, build_views(config))
@@ -379,3 +422,4 @@ def evaluate_and_keep_best(
                 )
         best = f"best {state.best_top1:.2f}" + (f" -> {checkpoints.best}" if is_best else "")
         log.evaluation({"step": state.step, "epoch": epoch, "weights": weights, **result}, best)
+    state.evaluated_step = state.step

@@ -26,14 +26,17 @@ RANDOM = (
 class Run:
     """``main.py`` (or torchrun around it) in a session of its own, its output in a file."""
 
-    def __init__(self, tmp_path: Path, *arguments, launcher: tuple = (), **limits):
+    def __init__(
+        self, tmp_path: Path, *arguments, launcher: tuple = (), script="main.py", preexec_fn=None, **environment
+    ):
         self.output = tmp_path / f"stdout-{time.monotonic_ns()}"
         self.mark = f"TEST_RUN={self.output.name}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_RUN": self.output.name}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_RUN": self.output.name, **environment}
         with open(self.output, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "main.py", *map(str, arguments), "--output", str(tmp_path / "output")],
-                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **limits,
+                [sys.executable, *map(str, (*launcher, script, *arguments)), "--output", str(tmp_path / "output")],
+                cwd=ROOT, env={key: str(value) for key, value in environment.items()}, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=preexec_fn,
             )  # fmt: skip
 
     def said(self) -> str:
@@ -189,7 +192,7 @@ def test_ctrl_c_once_saves_and_twice_quits(tmp_path, digits):
     run = Run(tmp_path, *flags, **interruptible)
     assert run.wait_for("step 20/")
     os.kill(run.process.pid, signal.SIGINT)
-    said = run.finish(status=0)
+    said = run.finish(status=130)
     step = checkpoint(tmp_path, "run")["step"]
     assert f"stopped by Ctrl-C after step {step}; the same command carries on" in said
 
