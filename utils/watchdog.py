@@ -60,7 +60,7 @@ class Watchdog:
             if self._idle > self._seconds:
                 last_words = threading.Thread(target=self._speak, daemon=True)
                 last_words.start()
-                last_words.join(LAST_WORDS_SECONDS)
+                last_words.join(min(LAST_WORDS_SECONDS, self._seconds))
                 os._exit(EXIT_STATUS)  # the main thread cannot be reached
 
     def _speak(self) -> None:
