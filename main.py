@@ -158,7 +158,8 @@ def explain(error: BaseException) -> int:
             return error.code if isinstance(error.code, int) else 0
         case _:  # a bug of ours
             text, status = "".join(traceback.format_exception(error)).rstrip(), 1
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # as when a terminal is closed: what is said there is in the log as well
+        print(text, file=sys.stderr, flush=True)
     return status
 
 

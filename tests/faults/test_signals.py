@@ -2,7 +2,10 @@
 
 import itertools
 import os
+import pty
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -200,3 +203,38 @@ def test_ranks_end_with_a_launcher_that_was_killed(tmp_path, digits):
     run.process.wait()
     wait_for_all(run, 30)
     assert f"stopped by SIGTERM after step {checkpoint(tmp_path, 'run')['step']}" in run.said()
+
+
+def test_a_terminal_that_is_closed(tmp_path, digits):
+    """It sends SIGHUP to what runs in it, and whatever is written to it fails from then on."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        flags = (*FLAGS, "--data-path", digits, "--batch-size", "12", "--output", tmp_path / "output")
+        os.execve(sys.executable, [sys.executable, "main.py", *map(str, flags)], {**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "output" / "crossformer_micro" / "run" / "log.txt"
+    deadline = time.monotonic() + 120
+    while not log.exists() or "step 8/24" not in log.read_text():
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert f"stopped by SIGHUP after step {checkpoint(tmp_path, 'run')['step']}" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_is_compiled(tmp_path, digits, number):
+    """It takes minutes, of which most are spent where no signal is looked for."""
+    flags = (*FLAGS, "TRAIN.COMPILE", "default", "--data-path", digits, "--batch-size", "12")
+    run = Run(tmp_path, *flags, preexec_fn=interruptible)
+    assert run.wait_for("starting from random weights")
+    time.sleep(8)
+    assert "epoch" not in run.said(), "it has been compiled already"
+    os.killpg(run.process.pid, number)
+    asked = time.monotonic()
+    said = run.finish(status=expected_status("group", number), seconds=60)
+    assert time.monotonic() - asked < 20
+    assert "after step 0; the same command carries on" in said
+    assert "Traceback" not in said
