@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from config import build_config
+from engine.stopping import CTRL_C_STATUS, Stopped, StopRequest, is_launched
 from utils import distributed
 from utils.errors import Parser, UserError, did_you_mean
 from utils.processes import end_with_parent
@@ -89,24 +90,12 @@ def parse(arguments: list[str]):
     return build_config(cfg_file, opts, flags), mode
 
 
-def main(arguments: list[str]) -> NoReturn:
-    """Run the command line and end the process."""
+def run(arguments: list[str]) -> int:
+    """Do what the command line asks for; returns the exit status."""
     try:
-        try:
-            config, mode = parse(arguments)
-        except UserError as error:
-            raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
-        status = launch(config, mode)
-    except BaseException as error:
-        # Here and not later: what its frames hold, as loader processes that are stuck, is not to be torn down
-        leave(explain(error))
-    if not status:
-        distributed.stop()
-    leave(status)
-
-
-def launch(config, mode: str) -> int:
-    """Do what was asked for; returns the exit status."""
+        config, mode = parse(arguments)
+    except UserError as error:
+        raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
     # Each import takes seconds, so only once the command line is right
     if mode == "train":
         return train_until_stopped(config)
@@ -116,33 +105,25 @@ def launch(config, mode: str) -> int:
 
 
 def train_until_stopped(config) -> int:
-    """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at. Returns the exit status."""
-    from engine.stopping import Stopped, StopRequest, is_launched
+    """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at."""
+    with StopRequest() as stop:
+        if is_launched():
+            end_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no rank behind that trains on unseen
+        try:
+            from engine.train import train
 
-    stop = StopRequest().listen()
-    if is_launched():
-        end_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no rank behind that trains on unseen
-    try:
-        from engine.train import train
-
-        train(config, distributed.start(), stop)
-        return 0
-    except Stopped:
-        if not stop.answered:
-            stop.answer()
-            if distributed.is_main():
-                print(f"stopped by {stop.name} before training began", file=sys.stderr, flush=True)
-        leave(stop.status)
-    except Exception:
-        if distributed.world_size() > 1:
-            time.sleep(SECONDS_FOR_NEWS)  # it may come of another rank's end
-        if stop.signal and not stop.answered:
-            stop.wait_for_rescue()
-        raise
+            train(config, distributed.start(), stop)
+        except Exception:
+            if distributed.world_size() > 1:
+                time.sleep(SECONDS_FOR_NEWS)  # it may come of another rank's end
+            if stop.signal and not stop.answered:
+                stop.wait_for_rescue()
+            raise
+    return 0
 
 
 def explain(error: BaseException) -> int:
-    """Say what has gone wrong; returns the exit status."""
+    """Say why it has ended; returns the exit status."""
     match error:
         case distributed.AgreedError():
             if not distributed.is_main():
@@ -152,15 +133,38 @@ def explain(error: BaseException) -> int:
         case UserError():
             where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
             text, status = f"error{where}: {error}", 2
+        case Stopped():
+            text = "" if error.request.answered else f"stopped by {error.request.name} before training began"
+            error.request.answer()
+            status = error.request.status
         case KeyboardInterrupt():
-            text, status = "\nstopped", 130
+            text, status = "\nstopped", CTRL_C_STATUS
         case SystemExit():  # --help
             return error.code if isinstance(error.code, int) else 0
         case _:  # a bug of ours
             text, status = "".join(traceback.format_exception(error)).rstrip(), 1
     with suppress(OSError):  # as when a terminal is closed: what is said there is in the log as well
-        print(text, file=sys.stderr, flush=True)
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
     return status
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        return run(arguments)
+    except BaseException as error:
+        return explain(error)
+
+
+def main_of_a_process(arguments: list[str]) -> NoReturn:
+    """Run the command line and end the process."""
+    try:
+        status = run(arguments)
+        distributed.stop()
+    except BaseException as error:
+        # Here and not later: what its frames hold, as loader processes that are stuck, is not to be torn down
+        leave(explain(error))
+    leave(status)
 
 
 def leave(status: int) -> NoReturn:
@@ -175,4 +179,4 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of_a_process(sys.argv[1:])

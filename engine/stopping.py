@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,16 @@ SAME_CTRL_C_SECONDS = 2
 PATIENCE_SECONDS = 5
 """So long the main thread has to answer; who has sent a signal expects an end within ten."""
 CTRL_C_STATUS = 130
+END = 0
+"""What is no signal's number."""
 
 
 class Stopped(BaseException):
-    """Raised in the main thread when a signal ends something of which nothing would be lost."""
+    """Raised in the main thread when a signal ends the run: at once where nothing would be lost, else after a save."""
+
+    def __init__(self, request: "StopRequest"):
+        super().__init__(request)
+        self.request = request
 
 
 class StopRequest:
@@ -44,32 +50,43 @@ class StopRequest:
         say: tells it to whoever watches.
     """
 
-    _listening: ClassVar["StopRequest | None"] = None
-
     def __init__(self) -> None:
         self.signal = 0
         self.rescue: Callable[[], str] = lambda: ""
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+        self._handlers: dict[int, Any] = {}
         self._deferred = False
         self._answered = threading.Event()
         self._stopped_by = 0
         self._asked = torch.zeros(1, dtype=torch.int32)
         self._answer: dist.Work | None = None
 
-    def listen(self) -> "StopRequest":
-        """Take the signals of this process, from now to its end. Only its main thread can call this."""
-        self._wake_up, writer = socket.socketpair()
-        writer.setblocking(False)
-        self._writer = writer  # Python's own handler writes here at once, whatever the main thread does
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    def __enter__(self) -> "StopRequest":
+        """Take the signals of this process. Only its main thread can do so."""
+        self._wake_up, self._writer = (
+            socket.socketpair()
+        )  # Python's handler writes there, whatever the main thread does
+        self._writer.setblocking(False)
+        self._wake_up_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._take)
-        if StopRequest._listening is None:
-            os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_ignore_signals)
-        StopRequest._listening = self
-        threading.Thread(target=self._guard, name="signals", daemon=True).start()
+                self._handlers[number] = signal.signal(number, self._take)
+        self._thread = threading.Thread(target=self._guard, name="signals", daemon=True)
+        self._thread.start()
+        _listening.append(self)
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+        if kind is Stopped:  # the process is about to end, and what else comes is to change nothing
+            return
+        _listening.remove(self)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wake_up_before)
+        self._writer.send(bytes([END]))
+        self._thread.join()
+        self._writer.close()
+        self._wake_up.close()
 
     @property
     def name(self) -> str:
@@ -98,7 +115,7 @@ class StopRequest:
         """Let a signal, and one that has come already, raise :class:`Stopped` within this block."""
         before, self._deferred = self._deferred, False
         if self.signal:
-            raise Stopped
+            raise Stopped(self)
         yield
         self._deferred = before
 
@@ -149,7 +166,7 @@ class StopRequest:
         self.signal = self.signal or number
         if not self._deferred and not self._answered.is_set():
             self._deferred = True  # once is enough
-            raise Stopped
+            raise Stopped(self)
 
     def _guard(self) -> None:
         first = None
@@ -162,6 +179,8 @@ class StopRequest:
                     self.leave(self.status, self.rescue())
                 continue
             number = self._wake_up.recv(1)[0]
+            if number == END:
+                return
             if number not in SIGNALS:
                 continue
             self.signal = self.signal or number
@@ -176,17 +195,27 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+_listening: list[StopRequest] = []
+
+
 def _hold_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _release_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _ignore_signals() -> None:
-    """In a new process: its trainer decides. What it would write to is the trainer's too."""
-    signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    _release_signals()
+    """In a new process: its trainer decides. What would be written to is the trainer's too."""
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        _release_signals()
+        _listening.clear()
+
+
+os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_ignore_signals)

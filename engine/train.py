@@ -214,7 +214,7 @@ def take_steps(
             stopwatch.restart()
         if stop.agreed():
             save()
-            raise Stopped
+            raise Stopped(stop)
     stop.settle()
 
 

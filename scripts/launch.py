@@ -10,6 +10,7 @@ failed, and has said why.
 import logging
 import os
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -22,10 +23,14 @@ CTRL_C_STATUS = 130
 
 
 def ranks() -> list[int]:
-    """The processes that this one has started, in Linux's list of all."""
+    """The processes that this one has started: from the kernel's list of all, or where it has none from ``ps``."""
+    if not Path("/proc/self/stat").exists():
+        lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [map(int, line.split()) for line in lines.splitlines()]
+        return [process for process, parent in pairs if parent == os.getpid()]
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, IndexError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended meanwhile
             parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
             if int(parent) == os.getpid():
                 found.append(int(entry.name))

@@ -375,7 +375,7 @@ from pathlib import Path
 import torch
 
 import engine.train
-from main import main
+from main import main_of_a_process
 
 rounds, output, arguments = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 statuses = []
@@ -385,7 +385,7 @@ for number in range(rounds):
     if not run:
         os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(1, 2)
-        main([*arguments, "--output", str(output / str(number))])
+        main_of_a_process([*arguments, "--output", str(output / str(number))])
     while "step 5/" not in (said.read_text() if said.exists() else ""):
         assert os.waitpid(run, os.WNOHANG) == (0, 0), said.read_text()
         time.sleep(0.01)

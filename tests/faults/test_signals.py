@@ -23,7 +23,7 @@ import time
 
 import data.folder
 import data.index
-from main import main
+from main import main_of_a_process
 
 at, mark = os.environ["HANGS_AT"], os.environ["MARK"]
 
@@ -49,7 +49,7 @@ def scan(self, before=data.folder.FolderLayout.scan):
 
 data.folder.FileIndex.read, data.folder.FolderLayout.scan = read, scan
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main_of_a_process(sys.argv[1:])
 """
 """``main.py``, which at one point waits for ever, and says so by a file."""
 
