@@ -63,9 +63,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         """Take the signals of this process. Only its main thread can do so."""
-        self._wake_up, self._writer = (
-            socket.socketpair()
-        )  # Python's handler writes there, whatever the main thread does
+        self._wake_up, self._writer = socket.socketpair()  # Python itself writes there, whatever the main thread does
         self._writer.setblocking(False)
         self._wake_up_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
