@@ -251,9 +251,8 @@ class Checkpoints:
             self._best_weights = there
         if self._best_on_disk == top1:
             return top1, []
-        return self._best_on_disk, [
-            f"{self.best} does not hold the weights of top-1 {top1:.2f}: the best is sought anew"
-        ]
+        line = f"{self.best} does not hold the weights of top-1 {top1:.2f}: the best is sought anew"
+        return self._best_on_disk, [line]
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint of this folder, if any, and a line for each damaged one, which is renamed.

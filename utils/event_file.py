@@ -21,9 +21,7 @@ class EventFile(Appender):
 
     def __init__(self, folder: Path, purge_step: int, unwritten: Unwritten):
         before = [int(path.name.removeprefix(PREFIX)[:10]) for path in folder.glob(f"{PREFIX}{'[0-9]' * 10}*")]
-        began = max(
-            [int(time.time()), *(second + 1 for second in before)]
-        )  # files are read in the order of their names
+        began = max([int(time.time()), *(second + 1 for second in before)])  # they are read in the order of names
         path = folder / f"{PREFIX}{began:010}.{socket.gethostname()}.{os.getpid()}"
         start = SessionLog(status=SessionLog.START)
         header = _record(Event(wall_time=time.time(), step=purge_step, file_version="brain.Event:2"))

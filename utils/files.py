@@ -62,7 +62,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 class NotWritten(UserError):
-    """``path`` could not be written for a ``reason``; ``meanwhile`` says what is to be done, or what holds until then."""
+    """``path`` could not be written for a ``reason``; ``meanwhile`` says what holds until then, or what to do."""
 
     def __init__(self, path: Path, reason: str, meanwhile: str):
         super().__init__(f"{path} cannot be written: {reason}; {meanwhile}")
@@ -102,7 +102,7 @@ class Unwritten:
         if self._reasons:
             files = ", ".join(f"{path} ({reason})" for path, reason in self._reasons.items())
             raise UserError(
-                f"could not be written to the end: {files}; free some space, and the same command writes it"
+                f"cannot be written: {files}; free some space: the same command again writes what is missing"
             )
         if self._given_up:
             raise UserError("; ".join(f"{path}: {what}" for path, what in self._given_up.items()))
