@@ -18,8 +18,10 @@ from utils.files import NotWritten, Unwritten, reason_of
 
 NO_BEST = -1.0
 """The best top-1 before the first evaluation."""
-SECONDS_TO_NEXT_TRY = 60
+SECONDS_TO_NEXT_TRY = 300
 """When something could not be written, the next save comes so soon."""
+MOST_EPOCHS_IN_MEMORY = 2
+"""Of saves to be kept for good for which there was no space at all."""
 WAITING = ".waiting"
 """Ends the name of a save that is to be kept for good while its own name cannot be written."""
 
@@ -58,10 +60,11 @@ class Checkpoints:
         self._host_copy, self._host_copy_of_best = HostCopy(), HostCopy()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future | None = None
-        self._outcomes: list[tuple[Path, NotWritten | None]] = []
+        self._outcomes: list[Callable[[Unwritten], None]] = []
         self._steps: dict[Path, int | None] = {}  # what is known of the files in ``latest``
         self._owed_last: tuple[dict[str, Any], Path | None] | None = None
-        self._owed_epochs: dict[Path, int] = {}
+        self._owed_epochs: dict[Path, int] = {}  # saves that are there, but not under this name yet
+        self._unsaved_epochs: dict[Path, dict[str, Any]] = {}  # those that are nowhere but in memory
         self._best_weights: dict[str, Any] = {}
         self._best_on_disk = NO_BEST
 
@@ -80,6 +83,8 @@ class Checkpoints:
     def save_last(self, content: dict[str, Any], epoch_to_keep: int | None = None) -> None:
         """Save what a run needs to carry on; under the epoch's name too, if that is to be kept for good."""
         self._wait()  # for the memory that the copy goes to, too
+        if self._owed_last and self._owed_last[1]:
+            self._host_copy = HostCopy()  # what is to be kept for good stays where it is until it is written
         kept_as = self.epoch_file(epoch_to_keep) if epoch_to_keep is not None else None
         self._start(self._write_last, self._host_copy(content), kept_as)
         self._saved_at = time.monotonic()
@@ -109,58 +114,58 @@ class Checkpoints:
         self._wait()
 
     def _start(self, write: Callable, *arguments: Any) -> None:
-        self._writing = self._thread.submit(write, *arguments)
+        self._writing = self._thread.submit(self._write, write, *arguments)
+
+    def _write(self, write: Callable, *arguments: Any) -> None:
+        self._may_write()
+        write(*arguments)
 
     def _wait(self) -> None:
-        if self._writing is None:
-            return
         writing, self._writing = self._writing, None
         try:
-            writing.result()
+            if writing is not None:
+                writing.result()
         finally:
             outcomes, self._outcomes = self._outcomes, []
-            for path, problem in outcomes:
-                if problem:
-                    self.unwritten.failed(problem)
-                else:
-                    self.unwritten.written(path)
+            for tell in outcomes:
+                tell(self.unwritten)
 
     def _attempt(self, path: Path, write: Callable[[], None]) -> bool:
         """Whether ``path`` could be written; :meth:`_wait` reports it."""
         try:
             write()
-        except NotWritten as problem:
-            self._outcomes.append((path, problem))
+        except NotWritten as error:
+            problem = error
         except OSError as error:
-            self._outcomes.append((path, NotWritten(path, reason_of(error), "it is tried again with the next save")))
+            problem = NotWritten(path, reason_of(error), "it is tried again with the next save")
         else:
-            self._outcomes.append((path, None))
+            self._outcomes.append(lambda unwritten: unwritten.written(path))
             return True
+        self._outcomes.append(lambda unwritten: unwritten.failed(problem))
         return False
 
     def _owes(self) -> bool:
-        return bool(self._owed_last or self._owed_epochs or self._best_is_owed() or self._waiting_epochs())
+        return bool(
+            self._owed_last
+            or self._owed_epochs
+            or self._unsaved_epochs
+            or self._best_is_owed()
+            or self._waiting_epochs()
+        )
 
     def _try_again(self) -> None:
         if self._owed_last:
             self._write_last(*self._owed_last)
         else:
-            self._may_write()
             self._write_best()
             self._write_epochs()
 
     def _write_last(self, content: dict[str, Any], kept_as: Path | None) -> None:
-        self._may_write()
         self._write_best()
         self._write_epochs()
-        content = {
-            **content,
-            "best_top1": self._best_on_disk,
-            "owed_best": self._best_weights if self._best_is_owed() else None,
-        }
 
         def write() -> None:
-            with checkpoint.written_beside(self.last, content) as temporary:
+            with checkpoint.written_beside(self.last, self._true_of_best(content)) as temporary:
                 if kept_as:  # first, so that no kill can leave the save without it
                     self._keep(temporary, kept_as, content["step"])
                 if self.last not in self._steps or content.get("step") != self._steps[self.last]:
@@ -168,7 +173,25 @@ class Checkpoints:
                 os.replace(temporary, self.last)
             self._steps[self.last] = content.get("step")
 
-        self._owed_last = None if self._attempt(self.last, write) else (content, kept_as)
+        if self._attempt(self.last, write):
+            self._owed_last = None
+            self._unsaved_epochs.pop(kept_as, None)
+            return
+        self._owed_last = content, kept_as
+        if kept_as:
+            self._unsaved_epochs[kept_as] = content
+            for path in list(self._unsaved_epochs)[:-MOST_EPOCHS_IN_MEMORY]:
+                del self._unsaved_epochs[path]
+                self._outcomes.append(lambda unwritten, path=path: unwritten.give_up(path, "there was no space for it"))
+
+    def _true_of_best(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content of a save that speaks of no best weights but those on disk, and has better ones in itself."""
+        top1 = content.get("best_top1", NO_BEST)
+        return {
+            **content,
+            "best_top1": min(top1, self._best_on_disk),
+            "owed_best": self._best_weights if top1 > self._best_on_disk and self._best_weights else None,
+        }
 
     def _move_older_saves(self) -> None:
         """Let each take the name of the one before it, as far as one is missing; the oldest goes."""
@@ -177,7 +200,8 @@ class Checkpoints:
             newer, older = self.latest[i - 1], self.latest[i]
             for kept_as, step in list(self._owed_epochs.items()):
                 if step == self._steps.get(older):
-                    self._attempt(kept_as, partial(os.replace, older, waiting_name(kept_as)))
+                    with suppress(OSError):
+                        os.replace(older, waiting_name(kept_as))
                     del self._owed_epochs[kept_as]
             if self._attempt(older, partial(os.replace, newer, older)):
                 self._steps[older] = self._steps.pop(newer, None)
@@ -201,6 +225,10 @@ class Checkpoints:
         for path in self._waiting_epochs():
             kept_as = path.with_name(path.name.removesuffix(WAITING))
             self._attempt(kept_as, partial(os.replace, path, kept_as))
+        for kept_as, content in list(self._unsaved_epochs.items()):
+            whole = {**self._true_of_best(content), "owed": {}}  # the run itself does not carry on from here
+            if self._attempt(kept_as, partial(checkpoint.save_atomically, whole, kept_as)):
+                del self._unsaved_epochs[kept_as]
         for kept_as, step in list(self._owed_epochs.items()):
             for path, holds in self._steps.items():
                 if holds == step and self._keep(path, kept_as, step):
@@ -223,11 +251,11 @@ class Checkpoints:
 
     def _write_best(self) -> None:
         """Write the best weights unless their file has them."""
-        if self._best_is_owed():
-            if self._attempt(self.best, partial(checkpoint.save_atomically, self._best_weights, self.best)):
-                self._best_on_disk = self._best_weights.get("top1")
-            elif not self.best.is_file():
-                self._best_on_disk = NO_BEST
+        write = partial(checkpoint.save_atomically, self._best_weights, self.best)
+        if self._best_is_owed() and self._attempt(self.best, write):
+            self._best_on_disk = self._best_weights.get("top1")
+        if not self.best.is_file():
+            self._best_on_disk = NO_BEST
 
     def know_best(self, top1: float, owed: dict[str, Any] | None) -> tuple[float, list[str]]:
         """Look after the best weights of a run that is carried on: it says that their file has ``top1``.

@@ -1,4 +1,4 @@
-"""A run that is killed at every call that moves a file, and inside of writes: all its files are as if it had not been."""
+"""A run that is killed at every call that moves a file, and inside of writes, leaves the files of one that was not."""
 
 import os
 import subprocess
