@@ -181,7 +181,7 @@ def take_steps(
         end_of_epoch = state.step % steps_per_epoch == 0
         log_due = end_of_epoch or state.step % config.PRINT_FREQ == 0
         save_due = end_of_epoch or (save_every and state.step % save_every == 0)
-        save_due = save_due or (log_due and largest_over_ranks(is_main() and checkpoints.due()))
+        save_due = save_due or (log_due and largest_over_ranks(int(is_main() and checkpoints.due())))
         if log_due:  # only here and before a save is the device waited for
             values = {"epoch": step // steps_per_epoch + 1, "lr": learning_rate, **meters.read(), **stopwatch.read()}
             values["memory_bytes"] = peak_memory_bytes(device)

@@ -187,6 +187,7 @@ def test_two_runs_in_one_folder(tmp_path, digits, run_main):
     assert not (folder / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_run_after_one_that_another_host_has_lost(tmp_path, digits, run_main):
     """The command waits for a sign of life, takes the folder over and says so; it tells no two clocks' times apart."""
     folder = tmp_path / "output" / "crossformer_micro" / "run"

@@ -67,10 +67,11 @@ class Places:
             here = self.here(kind)
             if here and self.when == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = call(*arguments, **more)
-            if here:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return call(*arguments, **more)
+            finally:
+                if here:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return wrapped
 
