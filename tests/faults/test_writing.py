@@ -19,7 +19,10 @@ from utils.checkpoint import read
 from utils.errors import UserError
 from utils.files import MOST_BYTES_WAITING, Appender, Unwritten, remove_temporaries, write_whole
 
-FLAGS = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "3", "TRAIN.KEEP_EVERY_EPOCHS", "1", "--batch-size", "12")
+FLAGS = (
+    *TINY_RUN, *RANDOM, "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]",
+    "TRAIN.EPOCHS", "3", "TRAIN.KEEP_EVERY_EPOCHS", "1", "--batch-size", "12",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +90,10 @@ def test_files_that_cannot_be_written(tmp_path, digits, whole):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 200 MB."""
+    """A file system of 100 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], capture_output=True)
     if mount.returncode:
         pytest.skip(f"no file system can be mounted here: {mount.stderr.decode().strip()}")
     yield folder
@@ -99,7 +102,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_without_a_byte_for_three_seconds(tmp_path, small_disk, digits, whole):
     """Every write meets it: lines, curves and checkpoints. What comes out is what would have."""
-    flags = (*FLAGS, "TRAIN.EPOCHS", "3", "--data-path", digits)
+    flags = (*FLAGS, "--data-path", digits)
     run = Run(small_disk, *flags)
     folder = small_disk / "output" / "crossformer_micro" / "run"
     pause_at(run, "step 3/18")
@@ -120,8 +123,8 @@ def test_a_disk_without_a_byte_for_three_seconds(tmp_path, small_disk, digits, w
 
 def test_a_folder_that_is_removed_while_it_trains(tmp_path, digits):
     """It is made again, with the best weights, of which no later epoch is better: they stay as they are."""
-    still = ("TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
-    flags = (*FLAGS, "TRAIN.EMA_DECAY", "0", *still, "--data-path", digits)
+    still = ("--opts", "TRAIN.EMA_DECAY", "0", "TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
+    flags = (*FLAGS, *still, "--data-path", digits)
     run = Run(tmp_path, *flags)
     folder = tmp_path / "output" / "crossformer_micro" / "run"
     pause_at(run, "step 8/18")
