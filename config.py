@@ -104,7 +104,7 @@ _C.TRAIN.EMA_DECAY = 0.0
 _C.TRAIN.EMA_WARMUP = False
 # Carry on from checkpoints/last.pth of the results folder when it is there
 _C.TRAIN.AUTO_RESUME = True
-# Carry on from a checkpoint although it is of another data set
+# Carry on from a checkpoint although it is of another data set, or of a run with other settings
 _C.TRAIN.FORCE_RESUME = False
 # Save last.pth at the end of each epoch, and every so many steps and minutes besides; 0 for never
 _C.TRAIN.SAVE_EVERY_STEPS = 0
@@ -233,13 +233,16 @@ MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
 
 NO_EFFECT = (
     "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
-    "LOG.WANDB", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT",
-    "TRAIN.ACCUMULATION_STEPS",
-    "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
+    "DATA.ON_BAD_IMAGE", "LOG.WANDB", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT",
+    "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.COMPILE",
+    "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
     "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
     "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
 )  # fmt: skip
 """Settings that a resumed run may change freely (what matters of a batch is checked as the global batch)."""
+
+STARTED_FROM = ("MODEL.PRETRAINED", "MODEL.RESUME")
+"""Settings that a resumed run may leave out, for it has begun, but not give another value."""
 
 Setting = tuple[str, Any, str]
 """A key, its value, and where it was set, for errors."""
@@ -441,10 +444,20 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
 
 
 def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:
-    """The settings that may change what a run computes and differ from a dumped config: key, value there, here."""
-    before, now = flatten(_C) | flatten(CfgNode(yaml.safe_load(dumped))), flatten(config)  # new settings have defaults
-    differing = ((key, before[key], value) for key, value in now.items() if before[key] != value)
-    return [setting for setting in differing if not setting[0].startswith(NO_EFFECT)]
+    """The settings that may change what a run computes and differ from a dumped config: key, value there, here.
+
+    A setting that one of them does not know is at its default there, or None if it has none.
+    """
+    default = flatten(_C)
+    before, now = default | flatten(CfgNode(yaml.safe_load(dumped))), default | flatten(config)
+    keys = [key for key in {**now, **before} if key not in (*NO_EFFECT, "BASE")]
+    differing = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    return [(key, there, here) for key, there, here in differing if here or key not in STARTED_FROM]
+
+
+def may_change(key: str, before: Any, now: Any) -> bool:
+    """Whether a run that is carried on may change this setting without being forced to."""
+    return key == "TRAIN.EPOCHS" and now > before
 
 
 def output_dir(config: CfgNode) -> Path:

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--cache-mode", "DATA.CACHE_MODE", metavar="MODE", help="read the data into memory first: no, part or full")
     flag("--batch-size", "DATA.BATCH_SIZE", metavar="N", type=int, help="images of a process in a micro-batch")
     flag("--resume", "MODEL.RESUME", metavar="FILE", help="checkpoint to carry on from, or to evaluate")
-    flag("--force-resume", "TRAIN.FORCE_RESUME", action="store_true", help="carry on although the data is another")
+    flag("--force-resume", "TRAIN.FORCE_RESUME", action="store_true", help="carry on with other data or settings")
     flag("--pretrained", "MODEL.PRETRAINED", metavar="FILE", help="checkpoint whose weights to start from")
     flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", metavar="N", type=int, help="micro-batches of a step")
     flag(

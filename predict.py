@@ -30,6 +30,7 @@ from engine.model import giga_macs
 from engine.precision import choose_precision
 from engine.trained import TrainedModel, load_trained
 from utils.errors import Parser, UserError
+from utils.files import temporary_name
 
 KEYS = ("class_index", "class", "probability")
 ON_SHEET, COLUMNS, BARS = 60, 8, 5
@@ -141,7 +142,7 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
 
 def write_file(path: Path, data: bytes | None) -> None:
     """Replace the file in one step; without data, only find out whether that can be done."""
-    temporary = path.parent / f".{path.name}.writing"
+    temporary = temporary_name(path)
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "it is not a file")

@@ -1,7 +1,6 @@
 """Steps that were skipped because a gradient was not finite."""
 
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +21,15 @@ class SkippedSteps:
         self._total = self._total + (1 - finite)
         self._longest = torch.maximum(self._longest, self._in_a_row)
 
+    def content(self) -> dict[str, Tensor]:
+        """What :meth:`restore` needs; the device is not waited for."""
+        return {"total": self._total, "in_a_row": self._in_a_row}
+
+    def restore(self, content: dict[str, Tensor]) -> None:
+        """Count on from there."""
+        for name, count in content.items():
+            getattr(self, f"_{name}").copy_(count)
+
     def total(self) -> int:
         """How many so far."""
         return int(self._total)
@@ -31,8 +39,8 @@ class SkippedSteps:
         return int(self._longest)
 
 
-def write_bad_batch(path: Path, step: int, loader: TrainLoader) -> None:
+def bad_batch(step: int, loader: TrainLoader) -> str:
     """The files that made up the last of ``step`` steps, over all ranks, as JSON."""
     keys = loader.batches.global_batch_of(step - 1)
     images = [{"epoch": epoch + 1, "image": loader.dataset.index.name(i)} for epoch, i in keys]
-    path.write_text(json.dumps({"step": step, "images": images}, indent=1) + "\n", encoding="utf-8")
+    return json.dumps({"step": step, "images": images}, indent=1) + "\n"

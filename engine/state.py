@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.optim import Optimizer
 
-from config import MUST_STAY, differing_settings
+from config import MUST_STAY, differing_settings, may_change
 from engine.ema import Ema
 from models import load_weights
 from utils.distributed import broadcast_from_main
@@ -18,6 +19,9 @@ from utils.errors import UserError
 
 RESUMABLE = ("model", "optimizer", "scaler", "step", "best_top1", "evaluated_step", "images", "global_batch", "config")
 """What a checkpoint needs to carry on a run; others hold weights only."""
+
+CARRIED = ("meters", "skipped", "skipped_images", "owed", "owed_best", "global_batch")
+"""What else a run hands on: counts that no line of the log has told yet, and what could not be written."""
 
 
 @dataclass
@@ -27,6 +31,7 @@ class TrainState:
     There is no state of random generators, data loader or schedule: they are derived from the step.
 
     Attributes:
+        carried: CARRIED of the checkpoint that the run goes on from, for whom it concerns.
         changing: held while weights, step and the rest do not fit each other.
     """
 
@@ -37,6 +42,7 @@ class TrainState:
     step: int = 0
     best_top1: float = -1.0
     evaluated_step: int = 0
+    carried: dict[str, Any] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock)
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -83,6 +89,7 @@ class TrainState:
         self.scaler.load_state_dict(content["scaler"] or self.scaler.state_dict())
         self.step, self.best_top1 = content["step"], content["best_top1"]
         self.evaluated_step = content["evaluated_step"]
+        self.carried = {key: content[key] for key in CARRIED if key in content}
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers, such as BatchNorm's statistics, so that all evaluate the same model."""
@@ -91,8 +98,11 @@ class TrainState:
             broadcast_from_main(buffer)
 
 
-def check_resumable(content: dict[str, Any], path: Path, config, images: int) -> list[str]:
+def check_resumable(content: dict[str, Any], path: Path, config, images: int, same_run: bool) -> list[str]:
     """Refuse a checkpoint from which this run cannot carry on, unless TRAIN.FORCE_RESUME says so.
+
+    Args:
+        same_run: it is of this run's own results folder, whose settings may not change by mistake.
 
     Returns:
         a line for each setting that may change the result and differs from the run so far.
@@ -116,7 +126,21 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int) ->
     for key, before, now in differing:
         if key in MUST_STAY:
             raise UserError(f"{path} was trained with {key} {before}, this run has {now}: keep it, or use --pretrained")
+    refused = [(key, before, now) for key, before, now in differing if not may_change(key, before, now)]
+    refused = [s for s in refused if s[0] != "MODEL.RESUME" or Path(s[2]).resolve().parent != path.resolve().parent]
+    if refused and same_run and not config.TRAIN.FORCE_RESUME:
+        settings = ", ".join(f"{key} was {before!r}, is now {now!r}" for key, before, now in refused)
+        raise UserError(
+            f"{path} is of a run with other settings: {settings}; start anew with another --tag, give the old "
+            f"value{'s' if len(refused) > 1 else ''}, or carry on all the same with --force-resume"
+        )
     return [*lines, *(f"{key} was {before}, is now {now}" for key, before, now in differing)]
+
+
+def images_of_a_process(dumped: str) -> int:
+    """How many images each process takes in a step, as a dumped config says."""
+    config = yaml.safe_load(dumped)
+    return config["DATA"]["BATCH_SIZE"] * config["TRAIN"]["ACCUMULATION_STEPS"]
 
 
 def step_after(content: dict[str, Any], global_batch: int, steps_per_epoch: int) -> int:

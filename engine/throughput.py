@@ -88,8 +88,7 @@ def run_throughput(config, device: torch.device) -> dict:
             "peak_memory_bytes": peak_memory_bytes(device),
         }
     print_table(result)
-    with open(log.folder / "throughput.json", "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+    log.append("throughput.json", json.dumps(result))
     with log:
         log.message(f"results in {log.folder / 'throughput.json'}")
     return result

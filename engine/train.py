@@ -21,16 +21,27 @@ from engine.evaluate import build_views, check_classes, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
 from engine.precision import Precision, choose_precision
-from engine.skipping import SkippedSteps, write_bad_batch
-from engine.state import TrainState, check_resumable, step_after
+from engine.skipping import SkippedSteps, bad_batch
+from engine.state import TrainState, check_resumable, images_of_a_process, step_after
 from engine.stopping import PATIENCE_SECONDS, Stopped, StopRequest
 from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
 from utils.bulletin import Bulletin
-from utils.distributed import AgreedError, agreement, from_main, is_main, rank, sum_over_ranks, world_size
+from utils.distributed import (
+    AgreedError,
+    agreement,
+    from_main,
+    is_main,
+    largest_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from utils.errors import UserError
+from utils.files import remove_temporaries
+from utils.lock import Lock, hold
 from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
 from utils.randomness import seed_everything
@@ -43,13 +54,15 @@ def train(config, device: torch.device, stop: StopRequest | None = None) -> None
     Raises:
         Stopped: ``stop`` has asked for it; everything is saved.
     """
-    stop = stop or StopRequest()
-    with Bulletin(stop) as bulletin:
-        run(config, device, stop, bulletin)
+    stop, folder = stop or StopRequest(), output_dir(config)
+    with Bulletin(stop) as bulletin, hold(folder) as lock:
+        if is_main():
+            remove_temporaries(folder, folder / "checkpoints")
+        train_in_folder(config, device, lock, stop, bulletin)
 
 
-def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin) -> None:
-    """Prepare everything, take the steps, and say how it has ended."""
+def train_in_folder(config, device: torch.device, lock: Lock, stop: StopRequest, bulletin: Bulletin) -> None:
+    """The same, for the one who holds the results folder."""
     with agreement():
         loaders = build_loaders(config, device)
         steps_per_epoch, global_batch = loaders.train.steps_per_epoch, loaders.train.global_batch
@@ -60,22 +73,21 @@ def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin) -> 
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
         schedule = build_scheduler(config, steps_per_epoch, global_batch)
         checkpoints = Checkpoints(
-            output_dir(config) / "checkpoints", config.TRAIN.KEEP_LAST, config.TRAIN.SAVE_EVERY_MINUTES
+            output_dir(config) / "checkpoints", config.TRAIN.KEEP_LAST, config.TRAIN.SAVE_EVERY_MINUTES, lock.check
         )
     check_same_data(loaders.train.dataset.index)
-    started_from = start_or_resume(config, state, checkpoints, loaders)
+    started_from = start_or_resume(config, state, checkpoints, loaders, schedule)
     with agreement():
         total_steps = config.TRAIN.EPOCHS * steps_per_epoch
-        log = RunLog(
-            output_dir(config), config, "train", total_steps, steps_per_epoch, state.step, state.evaluated_step
-        )
-    with log:
+        done = (state.step, state.evaluated_step, state.carried.get("owed"))
+        log = RunLog(output_dir(config), config, "train", total_steps, steps_per_epoch, *done, lock)
+    with log, checkpoints:
         log.message(describe(config, model, gmac, precision, loaders))
-        for line in started_from:
+        for line in [lock.note, *started_from] if lock.note else started_from:
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
-        checkpoints.on_problem = log.message
+        checkpoints.unwritten = log.unwritten
         compile_in_place(config, model)
         with naming_dead_workers(), naming_out_of_memory():
             parts = parts_of_a_batch(config, state.model, precision)
@@ -93,6 +105,7 @@ def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin) -> 
                     stop.answer()
                     checkpoints.finish()
                     log.message(stopped_after(state.step, stop))
+                    log.unwritten.check()
                     raise
         log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
 
@@ -129,15 +142,22 @@ def take_steps(
         epoch, steps_into_epoch = divmod(step, steps_per_epoch)
         return not steps_into_epoch and (epoch % config.TRAIN.EVAL_EVERY_EPOCHS == 0 or step == total_steps)
 
-    def save(content: Callable[[], dict] = state.content) -> None:
-        if not is_main():
-            return
-        with state.changing:
-            facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
-            epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
-            keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
-            keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
-            checkpoints.save_last({**content(), **facts, "epoch": epoch, "config": config.dump()}, keep)
+    def counts() -> dict:
+        return {"meters": meters.content(), "skipped": skipped.content(), "skipped_images": skipped_images(loader)}
+
+    def save() -> None:
+        counted = counts()
+        if is_main():
+            with state.changing:
+                write_last({**state.content(), **counted})
+
+    def write_last(content: dict) -> None:
+        facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
+        epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
+        keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
+        keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
+        saved = {**content, **facts, "epoch": epoch, "config": config.dump(), "owed": log.owed()}
+        checkpoints.save_last(saved, keep)
 
     def rescue() -> str:
         """Save from another thread, while the main one is stuck in the middle of a step."""
@@ -145,7 +165,9 @@ def take_steps(
             return ""
         if not state.changing.acquire(timeout=PATIENCE_SECONDS):
             return f"stopped by {stop.name} in the middle of a step; the same command carries on from the last save"
-        save(state.content_before_step)
+        # Other ranks cannot be asked now: the next line of the log will be about the steps that follow
+        counted = counts() if world_size() == 1 else {}
+        write_last({**state.content_before_step(), **counted})
         checkpoints.finish()
         return stopped_after(state.step, stop)
 
@@ -160,8 +182,14 @@ def take_steps(
         watchdog.beat(state.step)
 
     stop.rescue, stop.say = rescue, say_and_close
+    meters.restore(state.carried.get("meters") or {}, device)
+    skipped.restore(state.carried.get("skipped") or {})
+    loader.skipped = state.carried.get("skipped_images", 0) * is_main()
+    set_learning_rate(state.optimizer, schedule(max(state.step - 1, 0)))  # that of the last step, as it was
     if evaluation_due(state.step) and state.evaluated_step < state.step:
         evaluate_and_save()  # an earlier run stopped between a save and its evaluation
+    elif state.carried.get("owed") or state.carried.get("owed_best"):
+        save()  # what could not be written then has a file now
     set_training_mode(model)
     batches = timed(loader.micro_batches(state.step, total_steps), stopwatch, watchdog)
     stop.defer()
@@ -188,25 +216,26 @@ def take_steps(
             if state.ema:
                 state.ema.update(state.model, step + 1, finite)
             state.finish_step()
-        skipped.add(finite)  # these two stay on the device
-        meters.add(finite, loss=step_loss, grad_norm=grad_norm)
+            skipped.add(finite)  # these two stay on the device
+            meters.add(finite, loss=step_loss, grad_norm=grad_norm)
         stopwatch.images(loader.global_batch)
         log.advance(state.step)
         watchdog.beat(state.step)
 
         end_of_epoch = state.step % steps_per_epoch == 0
         log_due = end_of_epoch or state.step % config.PRINT_FREQ == 0
-        save_due = end_of_epoch or (save_every and state.step % save_every == 0) or checkpoints.due()
+        save_due = end_of_epoch or (save_every and state.step % save_every == 0)
+        save_due = save_due or (log_due and largest_over_ranks(int(is_main() and checkpoints.due())))
         if log_due:  # only here and before a save is the device waited for
             values = {"epoch": step // steps_per_epoch + 1, "lr": learning_rate, **meters.read(), **stopwatch.read()}
             values["memory_bytes"] = peak_memory_bytes(device)
-            values["skipped_images"] = int(sum_over_ranks(torch.tensor(loader.skipped)))
+            values["skipped_images"] = skipped_images(loader)
             values["skipped_steps"] = skipped.total()
             log.train(state.step, values)
             if spikes.is_spike(values["loss"]):
                 log.message(f"warning: the loss has jumped to {values['loss']:.4f} at step {state.step:,}")
             if skipped.longest() >= config.TRAIN.MAX_SKIPPED_STEPS:
-                stop_for_good(config, state, loader, step_loss, checkpoints)
+                stop_for_good(config, state, loader, step_loss, checkpoints, log)
         if save_due:
             save()
         if evaluation_due(state.step):
@@ -216,6 +245,11 @@ def take_steps(
             save()
             raise Stopped(stop)
     stop.settle()
+
+
+def skipped_images(loader: TrainLoader) -> int:
+    """How many all ranks have skipped so far. A collective."""
+    return int(sum_over_ranks(torch.tensor(loader.skipped)))
 
 
 def parts_of_a_batch(config, model: nn.Module, precision: Precision) -> int:
@@ -263,7 +297,9 @@ def build_ema(config, model: nn.Module) -> Ema | None:
     return Ema(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)
 
 
-def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders: Loaders) -> list[str]:
+def start_or_resume(
+    config, state: TrainState, checkpoints: Checkpoints, loaders: Loaders, schedule: Schedule
+) -> list[str]:
     """Give ``state`` its first weights, or all that an earlier run has saved; returns lines that say which.
 
     The run's own last checkpoint goes before MODEL.RESUME, so that the same command again carries on.
@@ -282,18 +318,34 @@ def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders
                 )
         path = path or config.MODEL.RESUME
         if path:
-            lines += resume(config, state, Path(path), loaders)
+            lines += resume(config, state, Path(path), loaders, schedule)
         elif config.MODEL.PRETRAINED:
             lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, len(loaders.classes)))
         else:
             lines.append("starting from random weights")
+    if path:
+        lines += look_after_files(config, state, checkpoints, loaders)
     return lines
 
 
-def resume(config, state: TrainState, path: Path, loaders: Loaders) -> list[str]:
+def look_after_files(config, state: TrainState, checkpoints: Checkpoints, loaders: Loaders) -> list[str]:
+    """See that the files exist of which the state of a run speaks that is carried on; returns lines that say more."""
+    before, lines = state.best_top1, []
+    if is_main():
+        state.best_top1, lines = checkpoints.know_best(before, state.carried.get("owed_best"))
+        if config.TRAIN.KEEP_EVERY_EPOCHS and state.carried.get("global_batch") == loaders.train.global_batch:
+            checkpoints.keep_missing(config.TRAIN.KEEP_EVERY_EPOCHS, loaders.train.steps_per_epoch)
+    state.best_top1, lines = from_main((state.best_top1, lines))
+    if state.best_top1 < before:
+        state.evaluated_step = min(state.evaluated_step, state.step - 1)  # these weights may be the best
+    return lines
+
+
+def resume(config, state: TrainState, path: Path, loaders: Loaders, schedule: Schedule) -> list[str]:
     """Be where the run that saved ``path`` was; returns lines that say so."""
     content = checkpoint.read(path)
-    changed = check_resumable(content, path, config, len(loaders.train.dataset))
+    own = path.resolve().parent == (output_dir(config) / "checkpoints").resolve()
+    changed = check_resumable(content, path, config, len(loaders.train.dataset), own)
     check_classes(content, loaders.classes, str(path))
     state.restore(content, path)
     before, now = content["global_batch"], loaders.train.global_batch
@@ -302,6 +354,17 @@ def resume(config, state: TrainState, path: Path, loaders: Loaders) -> list[str]
     if before != now:
         state.evaluated_step = min(state.evaluated_step, state.step)
         lines.append(f"the global batch was {before}, is now {now}: step {content['step']:,} is now {state.step:,}")
+        if images_of_a_process(content["config"]) != images_of_a_process(config.dump()):  # not just more processes
+            changed.append(lines[-1])
+    total_steps = config.TRAIN.EPOCHS * loaders.train.steps_per_epoch
+    if changed and state.step >= total_steps and state.evaluated_step >= state.step:
+        raise UserError(
+            f"{path} is of a run that is done: nothing is left to train with other settings ({'; '.join(changed)}); "
+            "start anew with another --tag, or give it more TRAIN.EPOCHS"
+        )
+    if changed and state.step < total_steps:
+        rates = [group["lr"] / group.get("lr_scale", 1.0) for group in content["optimizer"]["param_groups"]]
+        lines.append(f"the learning rate goes on from {max(rates):.2e} to {schedule(state.step):.2e}")
     return lines
 
 
@@ -378,16 +441,22 @@ def update_weights(
     return grad_norm, finite.float()
 
 
-def stop_for_good(config, state: TrainState, loader: TrainLoader, loss: torch.Tensor, checkpoints: Checkpoints) -> None:
+def stop_for_good(
+    config, state: TrainState, loader: TrainLoader, loss: torch.Tensor, checkpoints: Checkpoints, log: RunLog
+) -> None:
     """End a run whose gradients stay infinite. All ranks have the same gradients, so all of them come here."""
-    path = output_dir(config) / "bad_batch.json"
+    unwritten = ""
     if is_main():
-        write_bad_batch(path, state.step, loader)
-        checkpoints.finish()
+        log.keep_whole("bad_batch.json", bad_batch(state.step, loader))
+        try:
+            checkpoints.finish()
+        except UserError as error:
+            unwritten = f". Besides: {error}"
     raise AgreedError(
         f"{config.TRAIN.MAX_SKIPPED_STEPS} steps in a row had gradients that are not finite, the last of them step "
-        f"{state.step:,} (loss {loss.item():.4g}); {path} lists its images. The weights are those from before: lower "
-        f"TRAIN.BASE_LR, warm up longer, or try AMP none, and carry on from {checkpoints.last}"
+        f"{state.step:,} (loss {loss.item():.4g}); {log.folder / 'bad_batch.json'} lists its images. The weights are "
+        "those from before: lower TRAIN.BASE_LR, warm up longer, or try AMP none, and carry on with --force-resume "
+        f"from {checkpoints.last}{unwritten}"
     )
 
 

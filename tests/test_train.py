@@ -193,7 +193,7 @@ def test_another_batch_size_carries_on_at_the_same_image(run_main, digits):
 
 
 def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
-    """Another optimizer or other images end with a line; other settings are named, and hold.
+    """Other settings or images end with a line; more epochs are welcome, and forced changes are named, and hold.
 
     The weights stay as they are, so that no later epoch is better than the first, which must remain the best.
     """
@@ -202,23 +202,50 @@ def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
     data = shutil.copytree(digits, tmp_path / "data")
     still = ("TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
     flags = (*TINY_RUN, *still, "--data-path", data, "--batch-size", "12")
-    run_main(*flags)
+    done = run_main(*flags)
     result = run_main(*flags, "--optim", "sgd", ok=False)
     assert result.status == 2
     assert "was trained with TRAIN.OPTIMIZER.NAME adamw, this run has sgd" in result.error
-    result = run_main(*flags, "--opts", "TRAIN.WEIGHT_DECAY", "0.3", "TRAIN.EPOCHS", "3")
+    before = {path: path.read_bytes() for path in done.results.rglob("*") if path.is_file()}
+    changed = ("--opts", "TRAIN.WEIGHT_DECAY", "0.3", "AUG.HFLIP", "0.1")
+    result = run_main(*flags, *changed, ok=False)
+    assert result.status == 2
+    assert "TRAIN.WEIGHT_DECAY was 0.05, is now 0.3" in result.error
+    assert "AUG.HFLIP was 0.0, is now 0.1" in result.error
+    assert all(way in result.error for way in ("another --tag", "give the old values", "--force-resume"))
+    result = run_main(*flags, *changed, "--force-resume", ok=False)
+    assert "nothing is left to train with other settings" in result.error
+    assert {path: path.read_bytes() for path in done.results.rglob("*") if path.is_file()} == before
+    result = run_main(*flags, "--pretrained", done.results / "checkpoints" / "best.pth", ok=False)
+    assert "MODEL.PRETRAINED was ''" in result.error
+    assert "done: best top-1" in run_main(*flags, "--resume", done.results / "checkpoints" / "last.pth").stdout
+    result = run_main(*flags, *changed, "TRAIN.EPOCHS", "3", "--force-resume")
     assert "TRAIN.WEIGHT_DECAY was 0.05, is now 0.3" in result.stdout
     assert "TRAIN.EPOCHS was 2, is now 3" in result.stdout
+    assert "the learning rate goes on from 0.00e+00 to 0.00e+00" in result.stdout
     assert [event["epoch"] for event in result.events("eval")] == [1, 2, 3]
     assert result.checkpoint("best")["epoch"] == 1
     assert [g["weight_decay"] for g in result.checkpoint()["optimizer"]["param_groups"]] == [0.3, 0.0]
+    flags = (*flags, *changed, "TRAIN.EPOCHS", "4")
     next(data.glob("train/*/*.png")).unlink()
     result = run_main(*flags, ok=False)
     assert "was trained on 72 images, DATA.DATA_PATH has 71, which changes their order" in result.error
     assert "--force-resume" in result.error
-    result = run_main(*flags, "--opts", "TRAIN.EPOCHS", "4", "--force-resume")
+    result = run_main(*flags, "--force-resume")
     assert "was trained on 72 images, DATA.DATA_PATH has 71" in result.stdout
     assert result.events("eval")[-1]["epoch"] == 4
+
+
+def test_more_epochs_say_at_which_learning_rate(run_main, digits):
+    """A run at the end of its cosine goes on at a rate in the middle of the longer one."""
+    flags = (*TINY_RUN, "TRAIN.LR_REFERENCE_BATCH", "0", "--data-path", digits, "--batch-size", "36")
+    first = run_main(*flags).events("train")[-1]["lr"]
+    longer = run_main(*flags, "--opts", "TRAIN.EPOCHS", "4")
+    second = longer.events("train")[4]["lr"]
+    assert second > first
+    assert f"the learning rate goes on from {first:.2e} to {second:.2e}" in longer.stdout
+    shorter = run_main(*flags, "--opts", "TRAIN.EPOCHS", "3", ok=False)
+    assert "TRAIN.EPOCHS was 4, is now 3" in shorter.error
 
 
 def test_a_failed_evaluation_costs_no_step_and_is_made_up_for(run_main, digits, tmp_path):

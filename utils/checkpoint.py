@@ -6,9 +6,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from utils.errors import UserError
+from utils.files import NotWritten, reason_of, sync_folder, temporary_name
 
 MAGIC = (b"PK\x03\x04", b"\x80\x02")
 """How files of torch.save begin: a zip archive, or before torch 1.6 a pickle."""
@@ -52,34 +54,59 @@ class _Hashing:
         self.file.flush()
 
 
-def save_atomically(content: dict[str, Any], path: Path, keep: Sequence[Path] = ()) -> None:
+def save_atomically(content: dict[str, Any], path: Path) -> None:
     """Write ``content``, sealed with a checksum, so that ``path`` holds either what it held before or all of it.
 
-    Once it is safely on disk, what ``path`` held before moves to the first of ``keep``, what that held to the next.
+    Raises:
+        NotWritten: the disk is full, say. What ``path`` held before is still there.
+    """
+    with written_beside(path, content) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def written_beside(path: Path, content: dict[str, Any]) -> Iterator[Path]:
+    """A file with the sealed ``content`` that is safely on disk, to be renamed to ``path`` in this block.
 
     Raises:
-        UserError: the disk is full, say. What ``path`` held before is still there.
+        NotWritten: this or what the block does has failed.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = temporary_name(path)
     hashing = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             hashing = _Hashing(file)
             torch.save(content, hashing)
             _seal(file, hashing.digest.digest())
             file.flush()
             os.fsync(file.fileno())
-        for older, newer in zip(keep[::-1], [*keep[-2::-1], path], strict=True) if keep else ():
-            if newer.exists():
-                os.replace(newer, older)
-        os.replace(temporary, path)
+        yield temporary
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = (hashing and hashing.error) or error
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
-        raise UserError(f"{path} cannot be written: {reason}; the file before it is whole; free some space") from error
+        reason = reason_of((hashing and hashing.error) or error)
+        raise NotWritten(path, reason, "the file before it is whole; free some space") from error
+
+
+def name_too(path: Path, name: Path) -> None:
+    """Give a file another name, or copy it where the file system has no such thing; ``name`` is never half of it.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    temporary = temporary_name(name)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)  # also when both names were the same file's already: then nothing moves
 
 
 def _seal(file: BinaryIO, digest: bytes) -> None:
@@ -103,15 +130,6 @@ def is_sealed(path: str | Path) -> bool:
             left -= len(data)
         digest.update(bytes(2))  # what the length of the comment was when the digest was made
         return file.read() == SEAL_SIZE.to_bytes(2, "little") + SEAL + digest.digest()
-
-
-def sync_folder(folder: Path) -> None:
-    """New names of files must survive a power cut too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class DamagedFile(UserError):

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 
 from utils.distributed import is_main
 from utils.errors import UserError
+from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
+from utils.lock import Lock
 
 
 class RunLog:
@@ -22,6 +24,8 @@ class RunLog:
     ``metrics.jsonl`` and, for training, ``tensorboard/``. What the last two say of steps after ``first_step`` (from
     before a restart) is removed, so that the curves of a resumed run are those of an uninterrupted one.
 
+    What cannot be written is kept and tried again with the next line; leaving the log raises if something is missing.
+
     Args:
         folder: results folder; it is made.
         config: written to the folder, to be used with ``--cfg`` again.
@@ -30,6 +34,8 @@ class RunLog:
         steps_per_epoch: of them, in each epoch.
         first_step: steps that are done already.
         evaluated_step: the last of them whose evaluation is done.
+        owed: what :meth:`owed` said when these steps were saved.
+        lock: of the folder, for training.
 
     Raises:
         UserError: the folder cannot be written.
@@ -44,45 +50,59 @@ class RunLog:
         steps_per_epoch: int = 1,
         first_step: int = 0,
         evaluated_step: int = 0,
+        owed: Mapping[str, str] | None = None,
+        lock: Lock | None = None,
     ):
         self.folder = folder
         self.total_steps = total_steps
         self.epochs = total_steps // steps_per_epoch
         self.first_step = first_step
+        self.unwritten = Unwritten(self.message if is_main() else print)
         self._start = time.perf_counter()
-        self._text = self._metrics = self._tensorboard = self._wandb = self._bar = None
+        self._lock = lock or Lock(folder)
+        self._wandb = self._bar = None
+        self._growing: dict[str, Appender] = {}
+        self._whole: list[WholeFile] = []
         if not is_main():
             return
         try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            name = "config.yaml" if mode == "train" else f"config_{mode}.yaml"
-            (folder / name).write_text(config.dump(), encoding="utf-8")
-            self._text = open(folder / "log.txt", "a", encoding="utf-8")
-            if mode == "train":
-                forget_after(folder / "metrics.jsonl", first_step, evaluated_step)
-            self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            mend_last_line(folder / "log.txt")
+            lost_from, lines = forget_after(folder / "metrics.jsonl", first_step, evaluated_step, mode == "train")
         except OSError as error:
             raise UserError(
-                f"results folder {folder} cannot be written: {error.strerror}; choose another --output"
+                f"results folder {folder} cannot be written: {reason_of(error)}; choose another --output"
             ) from error
+        for name in ("log.txt", "metrics.jsonl"):
+            self._growing[name] = Appender(folder / name, self.unwritten)
         if mode == "train":
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to load: rank 0 of training only
+            from utils.event_file import EventFile  # takes a second to load: rank 0 of training only
 
-            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+            purge_step = min(first_step + 1, lost_from)
+            self._growing["tensorboard"] = EventFile(folder / "tensorboard", purge_step, self.unwritten)
+        for name, records in (owed or {}).items():
+            self._growing[name].add(records.encode("latin-1"))
+        if mode == "train":
+            for values in lines:
+                if values["step"] >= purge_step and "checkpoint" not in values:
+                    self._add_to_event_file(values)
             if config.LOG.WANDB:
                 from utils.wandb_run import start_wandb
 
-                self._wandb = start_wandb(folder, config, first_step)
+                self._wandb = start_wandb(folder, config, first_step, self.keep_whole)
             if sys.stdout.isatty():
                 self._bar = _progress_bar()
                 self._task = self._bar.add_task("starting", total=total_steps, completed=first_step, facts="")
                 self._bar.start()
+        self.keep_whole("config.yaml" if mode == "train" else f"config_{mode}.yaml", config.dump())
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error) -> None:
         self.close()
+        if error[0] is None:
+            self.unwritten.check()
 
     def message(self, text: str) -> None:
         """A line for the person who watches."""
@@ -91,12 +111,24 @@ class RunLog:
 
     def bad_image(self, line: str) -> None:
         """An image was skipped; every rank notes it in ``skipped_images.txt``, rank 0 says it too."""
-        with suppress(OSError):  # training goes on; hosts that share no OUTPUT have no folder there yet
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "skipped_images.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{line}\n")
+        self.append("skipped_images.txt", line)
         if is_main():
             self._say(f"skipped image {line}")
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to another file of the results folder."""
+        if name not in self._growing:
+            self._growing[name] = Appender(self.folder / name, self.unwritten)
+        self._growing[name].add(f"{line}\n".encode(errors="backslashreplace"))
+
+    def owed(self) -> dict[str, str]:
+        """What could not be written so far and has to be saved elsewhere, for the run that carries on from there."""
+        for file in self._whole:
+            file.write()
+        for file in self._growing.values():
+            file.flush()
+        waiting = {name: file.waiting() for name, file in self._growing.items()}
+        return {name: records.decode("latin-1") for name, records in waiting.items() if records}
 
     def advance(self, step: int) -> None:
         """``step`` steps are done. Moves the bar; does not wait for the device."""
@@ -107,8 +139,7 @@ class RunLog:
         """The means since the last line."""
         if not is_main():
             return
-        self._write_metrics({"event": "train", "step": step, **values})
-        self._add_to_curves("train", values, ("loss", "lr", "grad_norm", "images_per_second", "data_wait"), step)
+        self._add_metrics({"event": "train", "step": step, **values})
         left = (time.perf_counter() - self._start) / (step - self.first_step) * (self.total_steps - step)
         skipped = f"  {values['skipped_images']:,} images skipped" if values["skipped_images"] else ""
         skipped += f"  {values['skipped_steps']:,} steps skipped" if values["skipped_steps"] else ""
@@ -121,8 +152,7 @@ class RunLog:
         line = f"{epoch}  step {step:,}/{self.total_steps:,}  {facts}  {timedelta(seconds=round(left))} left"
         if self._bar:
             self._bar.update(self._task, description=epoch, facts=facts)
-            self._text.write(f"{time.strftime('%F %T')}  {line}\n")
-            self._text.flush()
+            self._note(line)
         else:
             self._say(line)
 
@@ -130,8 +160,7 @@ class RunLog:
         """The result of an evaluation; ``note`` goes to the person, ``more`` to metrics.jsonl."""
         if not is_main():
             return
-        self._write_metrics({"event": "eval", **values, **more})
-        self._add_to_curves(values["weights"], values, ("top1", "top5", "loss"), values["step"])
+        self._add_metrics({"event": "eval", **values, **more})
         epoch = f" {values['epoch']:>{len(str(self.epochs))}}/{self.epochs}" if self.epochs else ""
         ema = "  EMA" if values["weights"] == "ema" else ""
         self._say(
@@ -140,53 +169,94 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """Finish the bar and the files."""
+        """Finish the bar, and what is not written yet."""
         if self._bar:
-            self._bar.stop()
-        for file in (self._text, self._metrics, self._tensorboard):
-            if file:
-                file.close()
+            with suppress(OSError):
+                self._bar.stop()
+        self.owed()
         if self._wandb:
             self._wandb.finish()
 
     def _say(self, text: str) -> None:
-        if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-        self._text.write(f"{time.strftime('%F %T')}  {text}\n")
-        self._text.flush()
+        with suppress(OSError):  # a terminal that was closed is nobody's loss: log.txt has the line
+            if self._bar:
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+        self._note(text)
 
-    def _add_to_curves(self, group: str, values: dict[str, Any], names: Iterable[str], step: int) -> None:
-        curves = {f"{group}/{name}": values[name] for name in names}
-        if self._tensorboard:
-            for name, value in curves.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log({**curves, "step": step})
+    def _note(self, text: str) -> None:
+        self.append("log.txt", f"{time.strftime('%F %T')}  {text}")
 
-    def _write_metrics(self, values: dict[str, Any]) -> None:
+    def keep_whole(self, name: str, text: str) -> None:
+        """Write a small file of the results folder, and again when it is removed."""
+        self._whole.append(WholeFile(self.folder / name, text.encode(), self.unwritten))
+
+    def _add_metrics(self, values: dict[str, Any]) -> None:
+        self._lock.check()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._metrics.write(json.dumps(finite) + "\n")
-        self._metrics.flush()
+        self.append("metrics.jsonl", json.dumps(finite))
+        self._add_to_event_file(values)
+        if self._wandb:
+            try:
+                self._wandb.log({**curves_of(values), "step": values["step"]})
+            except OSError as error:
+                self.unwritten.give_up(self.folder / "wandb", f"curves could not be written: {reason_of(error)}")
+
+    def _add_to_event_file(self, values: dict[str, Any]) -> None:
+        if "tensorboard" in self._growing:
+            self._growing["tensorboard"].scalars(curves_of(values), values["step"])
 
 
-def forget_after(metrics: Path, step: int, evaluated_step: int) -> None:
-    """Remove the lines of a run about later steps than these of training and evaluation, and one that was cut short."""
-    if not metrics.exists():
+def curves_of(values: dict[str, Any]) -> dict[str, float]:
+    """The points of a line of ``metrics.jsonl``, by the name of the curve."""
+    if values["event"] == "train":
+        group, names = "train", ("loss", "lr", "grad_norm", "images_per_second", "data_wait")
+    else:
+        group, names = values["weights"], ("top1", "top5", "loss")
+    return {f"{group}/{name}": math.nan if values[name] is None else values[name] for name in names}
+
+
+def forget_after(metrics: Path, step: int, evaluated_step: int, forget: bool = True) -> tuple[float, list[dict]]:
+    """Remove the lines of a run about later steps than these of training and evaluation, and one that was cut short.
+
+    Returns:
+        the first step of an evaluation that was removed (infinite for none), and the lines that are left.
+    """
+    first_lost, left, kept = math.inf, [], []
+    if not forget or not metrics.exists():
+        return first_lost, left
+    with open(metrics, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+        for line in lines:
+            try:
+                values = json.loads(line)
+                is_evaluation = values["event"] == "eval"
+                keep = "checkpoint" in values or values["step"] <= (evaluated_step if is_evaluation else step)
+            except (ValueError, KeyError, TypeError):
+                continue
+            if keep:
+                kept.append(line if line.endswith(b"\n") else line + b"\n")
+                left.append(values)
+            elif is_evaluation:
+                first_lost = min(first_lost, values["step"])
+        if kept != lines:
+            write_whole(metrics, b"".join(kept))
+            late = file.read()  # an evaluation of another process may have added its line meanwhile
+            if late:
+                with open(metrics, "ab") as now:
+                    now.write(late)
+    return first_lost, left
+
+
+def mend_last_line(path: Path) -> None:
+    """End a line of a text file that a kill has cut short, so that the next one begins a line."""
+    if not path.exists() or not path.stat().st_size:
         return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        last = evaluated_step if values["event"] == "eval" else step
-        if "checkpoint" in values or values["step"] <= last:
-            kept.append(line)
-    temporary = metrics.with_name(f".{metrics.name}.writing")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, metrics)
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
 
 
 def _progress_bar():

@@ -9,7 +9,7 @@ from collections import deque
 
 import torch
 
-from utils.distributed import sum_over_ranks
+from utils.distributed import rank, sum_over_ranks, world_size
 
 SPIKE_MEMORY = 50
 SPIKE_DEVIATIONS = 6
@@ -35,6 +35,21 @@ class DeviceMeters:
         count = sums.pop("")
         self._sums = {}
         return {name: value / count if count else float("nan") for name, value in sums.items()}
+
+    def content(self) -> dict[str, torch.Tensor]:
+        """What has not been read yet, ``(ranks,)`` each, for :meth:`restore`. A collective."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = self._sums[names[0]].new_zeros(world_size(), len(names))
+        sums[rank()] = torch.stack([self._sums[name] for name in names])
+        return dict(zip(names, sum_over_ranks(sums).unbind(1), strict=True))
+
+    def restore(self, content: dict[str, torch.Tensor], device: torch.device) -> None:
+        """Go on from there; with another number of ranks the first one takes what all had."""
+        for name, sums in content.items():
+            mine = sums[rank()] if len(sums) == world_size() else sums.sum() * (rank() == 0)
+            self._sums[name] = mine.to(device)
 
 
 class SpikeDetector:

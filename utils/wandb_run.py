@@ -1,6 +1,8 @@
 """The same curves on Weights & Biases."""
 
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -8,8 +10,11 @@ import yaml
 from utils.errors import UserError
 
 
-def start_wandb(folder: Path, config, first_step: int):
+def start_wandb(folder: Path, config, first_step: int, keep: Callable[[str, str], None]):
     """The run on Weights & Biases that belongs to ``folder``: a new one, or that of the training that is carried on.
+
+    Args:
+        keep: writes a file of this name and content into the folder.
 
     Raises:
         UserError: wandb is missing, or cannot start.
@@ -18,13 +23,15 @@ def start_wandb(folder: Path, config, first_step: int):
         import wandb  # only here: nobody else is to need it
     except ImportError as error:
         raise UserError("LOG.WANDB needs wandb: pip install wandb, or leave LOG.WANDB empty") from error
-    named = folder / "wandb_id.txt"
-    if first_step == 0 or not named.exists():
-        named.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    name = ""
+    with suppress(OSError, UnicodeDecodeError):
+        name = (folder / "wandb_id.txt").read_text(encoding="utf-8").strip() if first_step else ""
+    name = name or uuid.uuid4().hex[:8]
+    keep("wandb_id.txt", name)
     try:
         run = wandb.init(
             project=config.LOG.WANDB,
-            id=named.read_text(encoding="utf-8").strip(),
+            id=name,
             name=f"{config.MODEL.NAME} {config.TAG}",
             config=yaml.safe_load(config.dump()),
             dir=folder,

@@ -13,6 +13,7 @@ from engine.checkpoints import Checkpoints
 from engine.memory import naming_out_of_memory, parts_that_fit
 from utils.checkpoint import DamagedFile, is_sealed, read, save_atomically
 from utils.errors import UserError
+from utils.files import Unwritten
 
 
 def two_saves(folder) -> Checkpoints:
@@ -67,7 +68,7 @@ def test_flips_in_the_checkpoint_of_a_run(run_main, digits):
     checkpoints.last.write_bytes(changed)
     resumed = run_main(*flags)
     assert "last.pth is damaged: its checksum is wrong or missing (now last.pth.corrupt)" in resumed.stdout
-    assert "previous.pth after step 6" in resumed.stdout
+    assert "previous.pth after step 3" in resumed.stdout
 
 
 def test_the_seal_is_no_hindrance_to_others(tmp_path):
@@ -107,16 +108,20 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path):
 def test_a_save_that_fails_is_told_and_tried_again(tmp_path):
     folder, told = tmp_path / "checkpoints", []
     checkpoints = Checkpoints(folder)
-    checkpoints.on_problem = told.append
-    checkpoints.save_last({"step": 1})
-    with pytest.raises(Exception, match="cannot be written"):
+    checkpoints.unwritten = Unwritten(told.append)
+    folder.write_bytes(b"a file is in its place")
+    for step in (1, 2):
+        checkpoints.save_last({"step": step})
+    with pytest.raises(UserError, match=r"cannot be written: .*last.pth .*the same command again"):
         checkpoints.finish()
-    folder.mkdir()
-    checkpoints.save_last({"step": 2})
+    folder.unlink()
     checkpoints.finish()
-    assert len(told) == 1
+    assert len(told) == 1, "each problem is said once"
     assert read(checkpoints.last)["step"] == 2
     shutil.rmtree(folder)
+    checkpoints.save_last({"step": 3})
+    checkpoints.finish()
+    assert read(checkpoints.last)["step"] == 3, "a folder that was removed is made again"
 
 
 def test_parts_of_a_batch_are_halved_until_they_fit():

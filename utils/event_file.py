@@ -1,0 +1,41 @@
+"""Curves for TensorBoard, in a file that is complete after each line of the log, whatever ends the process."""
+
+import io
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from utils.files import Appender, Unwritten
+
+PREFIX = "events.out.tfevents."
+
+
+class EventFile(Appender):
+    """A new event file in ``folder``; of those before it readers forget what is at ``purge_step`` and after."""
+
+    def __init__(self, folder: Path, purge_step: int, unwritten: Unwritten):
+        before = [int(path.name.removeprefix(PREFIX)[:10]) for path in folder.glob(f"{PREFIX}{'[0-9]' * 10}*")]
+        began = max([int(time.time()), *(second + 1 for second in before)])  # they are read in the order of names
+        path = folder / f"{PREFIX}{began:010}.{socket.gethostname()}.{os.getpid()}"
+        start = SessionLog(status=SessionLog.START)
+        header = _record(Event(wall_time=time.time(), step=purge_step, file_version="brain.Event:2"))
+        super().__init__(
+            path, unwritten, header + _record(Event(wall_time=time.time(), step=purge_step, session_log=start))
+        )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add a point to each of these curves."""
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+
+
+def _record(event: Event) -> bytes:
+    file = io.BytesIO()
+    RecordWriter(file).write(event.SerializeToString())
+    return file.getvalue()
