@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data.dataset import ImageDataset
+from data.files import describe_left_out
 from data.index import ImageIndex, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
@@ -30,6 +31,11 @@ class Loaders(NamedTuple):
     val: EvalLoader
     classes: list[str]
     augments_on_device: bool
+
+    def left_out(self) -> str:
+        """One line about the files that lie in the data and are not used; empty where there are none."""
+        loaders = {"train": self.train, "val": self.val}
+        return describe_left_out({split: x.dataset.index.left_out for split, x in loaders.items() if x})
 
 
 def build_loaders(config, device: torch.device, training: bool = True) -> Loaders:

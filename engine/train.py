@@ -59,7 +59,7 @@ def train(config, device: torch.device) -> None:
         )
     with log:
         log.message(describe(config, model, gmac, precision, loaders))
-        for line in started_from:
+        for line in filter(None, [loaders.left_out(), *started_from]):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image

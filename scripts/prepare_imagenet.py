@@ -33,9 +33,10 @@ from torchvision.transforms.v2 import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import build_config
-from data.archive import ArchiveIndex, class_and_name, is_image
+from data.archive import ArchiveIndex, class_and_name
 from data.build import Images, open_images
 from data.decoding import decode, jpeg_size, tensor_to_pil
+from data.files import describe_left_out, is_image
 from data.folder import FileIndex
 from data.sampling import epoch_order
 from utils.errors import Parser, UserError
@@ -110,6 +111,8 @@ def prepare(options: argparse.Namespace) -> None:
     train, val, classes = open_images(build_config(opts=opts), training=True)
     splits = [Split(name, images, folders_of(classes, options)) for name, images in (("train", train), ("val", val))]
     begin(options, {split.name: len(split.images) for split in splits})
+    if left_out := describe_left_out({split.name: split.images.left_out for split in splits}):
+        print(left_out)
     write = write_zip if options.zip else write_shards
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip

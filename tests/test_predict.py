@@ -122,7 +122,7 @@ def test_sheet(checkpoint, digits, tmp_path):
         (["--checkpoint", "{best}", "{images}", "--image-size", "20"], "needs at least 32 x 32"),
         (["--checkpoint", "{best}", "{images}", "--top", "0"], "--top and --batch-size must be at least 1"),
         (["--checkpoint", "{best}", "{images}", "nowhere"], "nowhere is no file and no folder of images"),
-        (["--checkpoint", "{best}", "{tmp}"], "{tmp} is no file and no folder of images"),
+        (["--checkpoint", "{best}", "{tmp}"], "{tmp} is a folder without an image; give images or their folders"),
         (["--checkpoint", "{best}", "{images}", "--to", "{tmp}/no/x"], "{tmp}/no/x cannot be written: No such file"),
         (["--checkpoint", "{best}", "{images}", "--to", "{tmp}"], "{tmp} cannot be written: it is not a file"),
         (["--checkpoint", "{best}", "{images}", "--sheet", "{tmp}/no/x.png"], "{tmp}/no/x.png cannot be written"),
