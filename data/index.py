@@ -2,7 +2,7 @@
 
 An index is built once from a data set's layout and kept in a file, which every process of a host maps into its memory:
 the pages are shared, so that neither another rank nor a loader worker adds a copy. A checksum of all that is in the
-file is kept with it, which each rank verifies when it opens the file: shifted labels would be trained on without a word.
+file is kept with it, which each rank verifies when it opens the file: nobody would notice that a label was shifted.
 """
 
 import fcntl

@@ -111,7 +111,7 @@ def read_samples(path: Path, left_out: Counter[str]) -> list[Sample]:
     under it must be one image and one label.
 
     Raises:
-        UserError: the tar is damaged; two images or two labels share a key; a label has no image; a name is there twice.
+        UserError: the tar is damaged, a name is there twice, two images or labels share a key, a label has no image.
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, tuple[str, str]] = {}  # by key: the file's name and the class
