@@ -48,7 +48,7 @@ def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
     for path in paths:
         if not os.path.lexists(path):
             raise UserError(f"{path} is no file and no folder of images; give images or their folders")
-        if not path.is_dir():
+        if not os.path.isdir(path):
             check_is_file(path)
             images.append(path)
             continue

@@ -89,7 +89,7 @@ def open_images(config, training: bool) -> tuple[Images | None, Images, list[str
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is not set: give --data-path DIR with train/CLASS/*.jpg (see docs/data.md)")
     root = Path(config.DATA.DATA_PATH)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with train/ and val/ (see docs/data.md)")
     if "/" in config.DATA.FORMAT:
         return open_timm_images(config, root, training)

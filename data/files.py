@@ -231,7 +231,7 @@ def check_is_file(path: Path) -> None:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    if path.is_symlink() and error.errno in (errno.ENOENT, errno.ELOOP):
+    if os.path.islink(path) and error.errno in (errno.ENOENT, errno.ELOOP):
         leads = "in a circle" if error.errno == errno.ELOOP else "nowhere"
         return UserError(f"{path} is a link that leads {leads}; mend or remove it")
     return UserError(f"{path} cannot be read: {error.strerror}")

@@ -43,9 +43,9 @@ def missing(root: Path, split: str, layout: str) -> UserError:
 
 def _folder(root: Path, split: str) -> Layout | None:
     folder = root / split
-    if folder.is_symlink() and not folder.exists():
+    if os.path.islink(folder) and not os.path.exists(folder):
         raise UserError(f"{folder} is a link that leads nowhere; mend or remove it")
-    if not folder.is_dir() or (_tars(folder) and not list_folder(folder, folders_above(folder)).folders):
+    if not os.path.isdir(folder) or (_tars(folder) and not list_folder(folder, folders_above(folder)).folders):
         return None
     return FolderLayout(root, split)
 
@@ -76,7 +76,7 @@ def _tar(root: Path, split: str) -> Layout | None:
 
 def _tars(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
     def names() -> Iterator[str]:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             return
         try:
             yield from (name for name in os.listdir(folder) if name.endswith(".tar") and not is_companion(name))
