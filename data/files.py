@@ -28,30 +28,21 @@ IMAGE_TYPES: dict[str, tuple[str, ...]] = {
     "TGA": (".tga", ".icb", ".vda", ".vst"),
     "QOI": (".qoi",),
     "ICO": (".ico",),
-    "CUR": (".cur",),
     "ICNS": (".icns",),
     "PCX": (".pcx",),
-    "DCX": (".dcx",),
-    "PCD": (".pcd",),
     "PSD": (".psd",),
     "SGI": (".sgi", ".rgb", ".rgba", ".bw"),
     "SUN": (".ras",),
     "DDS": (".dds",),
-    "BLP": (".blp",),
-    "FTEX": (".ftc", ".ftu"),
-    "GBR": (".gbr",),
-    "PIXAR": (".pxr",),
-    "IM": (".im",),
     "MSP": (".msp",),
     "XBM": (".xbm",),
     "XPM": (".xpm",),
-    "FITS": (".fit", ".fits"),
 }
-"""Pillow's names of the raster formats that it decodes by itself, and how their files' names end.
+"""Pillow's names of the raster formats that pictures are kept in, and how their files' names end.
 
-Not among them: vector formats and those that another program is started for (EPS, PS, PDF, WMF, EMF), and those that
-Pillow knows but cannot decode (HEIC, MPEG, HDF5, GRIB, BUFR). The list is fixed, so that hosts with other versions of
-Pillow still have the same data set.
+Not among them: vector formats and those that another program is started for (EPS, PS, PDF, WMF, EMF), films, what
+Pillow knows but cannot decode alone (HEIC, MPEG, HDF5), and what no collection of pictures is kept in (textures of
+games, cursors, telescopes' data). The list is fixed, so that hosts with other versions of Pillow have the same data.
 """
 IMAGE_ENDINGS = frozenset(ending for endings in IMAGE_TYPES.values() for ending in endings)
 

@@ -36,7 +36,7 @@ from config import build_config
 from data.archive import ArchiveIndex, class_and_name
 from data.build import Images, open_images
 from data.decoding import decode, jpeg_size, tensor_to_pil
-from data.files import describe_left_out, is_image
+from data.files import describe_left_out, is_companion, is_image
 from data.folder import FileIndex
 from data.sampling import epoch_order
 from utils.errors import Parser, UserError
@@ -157,7 +157,9 @@ def alone(out: Path) -> Iterator[None]:
 def folders_of(classes: list[str], options: argparse.Namespace) -> list[str]:
     """Names whose sorted order is that of the classes, since a reader of tar files numbers them so."""
     names = [name.replace("/", "_") for name in classes]
-    if len(set(names)) == len(names) and (options.zip or names == sorted(names)):
+    if options.zip:  # a line of the map file, and a name in the archive, must be text
+        names = ["".join(letter if letter.isprintable() else "_" for letter in name) for name in names]
+    if len(set(names)) == len(names) and (options.zip or names == sorted(names)) and not any(map(is_companion, names)):
         return names
     return [f"{number:05d}_{name}" for number, name in enumerate(names)]
 
@@ -282,7 +284,7 @@ def prepared(numbers: Iterable[int], options: argparse.Namespace, skipped: list[
                 raise UserError(f"image {line}; mend or remove it, or go on without it: --on-bad-image skip") from error
             skipped.append(line)
         else:
-            name = f"{split.folders[label]}/{name_in_class(split.images, i)}"
+            name = f"{split.folders[label]}/{visible(name_in_class(split.images, i))}"
             yield Prepared(name, label, len(source) if isinstance(source, bytes) else len(data), data)
 
 
@@ -318,6 +320,11 @@ def name_in_class(images: Images, i: int) -> str:
         stem, suffix = name, "jpg"
     repeated = i and images.labels[i] == images.labels[i - 1] and member_in_class(images, i - 1) == name
     return f"{stem}~{i:08d}.{suffix}" if repeated or is_ambiguous(name) else name
+
+
+def visible(name: str) -> str:
+    """The name, changed where whoever reads the archive would take it for a hidden file."""
+    return "/".join(f"_{part}" if is_companion(part) else part for part in name.split("/"))
 
 
 def member_in_class(images: ArchiveIndex, i: int) -> str:
