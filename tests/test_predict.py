@@ -85,7 +85,8 @@ def test_bad_images_are_skipped_and_named(checkpoint, digits, tmp_path):
     images = [str(folder / name) for name in ("a 0.png", "b/1.PNG", "b/c/2.png")] + [str(last)]
     done = run("--checkpoint", checkpoint, folder, last, "--format", "csv", "--to", out, "--batch-size", 2)
     line = f"skipped image {folder / 'b/bad.jpg'}: cannot identify image file"
-    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [line])
+    said = [line, "left out, being no images: 1 .txt"]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", said)
     rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     assert [(row["file"], row["rank"]) for row in rows] == [(i, str(rank)) for i in images for rank in range(1, 6)]
     table = run("--checkpoint", checkpoint, folder, "--top", 2)
