@@ -134,8 +134,9 @@ def read_samples(path: Path, left_out: Counter[str]) -> list[Sample]:
                 "a sample is one image and one label"
             )
         samples.append(Sample(name, offset, length, labels[key][1] if key is not None else ""))
-    for key in labels.keys() - image_of.keys():
-        raise UserError(f"{path} holds a label without an image, {labels[key][0]}; add the image or remove the label")
+    for key, (name, _) in labels.items():
+        if key not in image_of:
+            raise UserError(f"{path} holds a label without an image, {name}; add the image or remove the label")
     return samples
 
 
