@@ -137,6 +137,14 @@ def littered(tmp_path) -> Path:
     return root
 
 
+def test_every_file_of_a_folder_is_used_or_counted(littered):
+    train, val, classes = opened(littered)
+    assert (len(train), len(val), classes) == (36, 12, list(CLASSES))
+    assert train.left_out == {".txt": 3, ".heic": 1, ".jpg outside of the class folders": 1, "without a type": 1}
+    assert val.left_out == {".npy": 1}
+    assert len(find_for_prediction([littered / "train" / "cat"])[0]) == 12
+
+
 LEFT_OUT = (
     "7 files are left out, being no images of a class (train: 3 .txt, 1 .heic, 1 .jpg outside of the class folders, "
     "1 without a type; val: 1 .npy)"
