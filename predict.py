@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,9 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.decoding import decode, tensor_to_pil
+from data.files import check_is_file, describe_kinds
+from data.files import find_images as images_below
 from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
@@ -37,16 +39,27 @@ ON_SHEET, COLUMNS, BARS = 60, 8, 5
 SIDE, PAD, LINE = 224, 12, 22  # pixels of an image on the sheet, of the space around it, of a line of text or a bar
 
 
-def find_images(paths: list[Path]) -> list[Path]:
-    """The files among ``paths``; of each folder the images at any depth, sorted, without hidden ones."""
-    found = []
+def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
+    """The files among ``paths``; of each folder the images at any depth, sorted, and how many others of each type.
+
+    Raises:
+        UserError: there is no such file or no image in a folder, or something is no file (see :mod:`data.files`).
+    """
+    images, left_out = [], Counter()
     for path in paths:
-        names = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        images = sorted(path / name for name in names if not any(part.startswith(".") for part in name.parts))
-        if not images and not path.is_file():
+        if not os.path.lexists(path):
             raise UserError(f"{path} is no file and no folder of images; give images or their folders")
-        found += images or [path]
-    return found
+        if not os.path.isdir(path):
+            check_is_file(path)
+            images.append(path)
+            continue
+        found = images_below(path)
+        if not found.images:
+            but = f" but {describe_kinds(found.left_out)}" if found.left_out else ""
+            raise UserError(f"{path} is a folder without an image{but}; give images or their folders")
+        images += sorted(path / name for name in found.images)
+        left_out += found.left_out
+    return images, left_out
 
 
 def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Iterator[tuple[dict, torch.Tensor | None]]:
@@ -177,7 +190,7 @@ def parse(arguments: list[str]) -> Namespace:
 
 
 def run(given: Namespace) -> int:
-    paths, device = find_images(given.images), torch.device(given.device)
+    (paths, left_out), device = find_images(given.images), torch.device(given.device)
     records, drawn, screen = [], [], Console(stderr=True)
     for path in filter(None, (given.to, given.sheet)):
         write_file(path, None)  # after an hour it would be late to find out
@@ -191,6 +204,8 @@ def run(given: Namespace) -> int:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
         elif given.sheet and len(drawn) < ON_SHEET:
             drawn.append((record, image))
+    if left_out:
+        screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
     sound = sum("predictions" in record for record in records)
     if drawn:
         left_out = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""

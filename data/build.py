@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data.dataset import ImageDataset
+from data.files import describe_left_out
 from data.index import ImageIndex, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
@@ -30,6 +31,11 @@ class Loaders(NamedTuple):
     val: EvalLoader
     classes: list[str]
     augments_on_device: bool
+
+    def left_out(self) -> str:
+        """One line about the files that lie in the data and are not used; empty where there are none."""
+        loaders = {"train": self.train, "val": self.val}
+        return describe_left_out({split: x.dataset.index.left_out for split, x in loaders.items() if x})
 
 
 def build_loaders(config, device: torch.device, training: bool = True) -> Loaders:
@@ -83,7 +89,7 @@ def open_images(config, training: bool) -> tuple[Images | None, Images, list[str
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is not set: give --data-path DIR with train/CLASS/*.jpg (see docs/data.md)")
     root = Path(config.DATA.DATA_PATH)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with train/ and val/ (see docs/data.md)")
     if "/" in config.DATA.FORMAT:
         return open_timm_images(config, root, training)

@@ -138,6 +138,8 @@ def run_evaluation(config, device: torch.device) -> None:
         loaders.val.on_bad_image = log.bad_image
     compile_in_place(config, model)
     with log, naming_dead_workers():
+        if left_out := loaders.left_out():
+            log.message(left_out)
         if present:
             log.message(f"only the {len(present)} of the model's {len(classes)} classes that the data has are answers")
         for weights, state_dict in candidates.items():

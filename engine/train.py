@@ -83,7 +83,7 @@ def train_in_folder(config, device: torch.device, lock: Lock, stop: StopRequest,
         log = RunLog(output_dir(config), config, "train", total_steps, steps_per_epoch, *done, lock)
     with log, checkpoints:
         log.message(describe(config, model, gmac, precision, loaders))
-        for line in [lock.note, *started_from] if lock.note else started_from:
+        for line in filter(None, [lock.note, loaders.left_out(), *started_from]):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image

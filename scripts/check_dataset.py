@@ -42,6 +42,7 @@ from data import build_mixing
 from data.build import Images, augments_on_device, build_train_stage, open_images
 from data.dataset import ImageDataset
 from data.decoding import decode
+from data.files import describe_left_out
 from data.index import open_index
 from data.layouts import find_layout
 from data.loading import TrainLoader
@@ -318,6 +319,7 @@ def describe_split(split: Checked, classes: list[str]) -> dict:
     formats, counts = np.unique(split.records["format"][split.decoded()], return_counts=True)
     return {
         "images": len(split.records),
+        "left_out": dict(split.images.left_out),
         "decoded": len(split.decoded()),
         "formats": {name.decode() or "unknown": int(n) for name, n in zip(formats, counts, strict=True)},
         **count_classes(split, classes),
@@ -692,7 +694,9 @@ def check(arguments: list[str]) -> int:
     drawn = draw_augmentations(config, next(iter(splits.values())), classes, augmentation, sheet)
     print_report(console, report, file)
     say(console, f"\neverything in {file}" + (f", what training makes of the images in {sheet}" if drawn else ""))
+    left_out = describe_left_out({name: split["left_out"] for name, split in report["splits"].items()})
     verdict = "the data set is sound" if report["sound"] else "the data set is NOT sound: mend what is listed in red"
+    verdict += f"; {left_out}" * bool(left_out)
     say(console, verdict, "green" if report["sound"] else "red")
     return 0 if report["sound"] else 1
 

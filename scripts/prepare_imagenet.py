@@ -33,9 +33,10 @@ from torchvision.transforms.v2 import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import build_config
-from data.archive import ArchiveIndex, class_and_name, is_image
+from data.archive import ArchiveIndex, class_and_name
 from data.build import Images, open_images
 from data.decoding import decode, jpeg_size, tensor_to_pil
+from data.files import describe_left_out, is_companion, is_image
 from data.folder import FileIndex
 from data.sampling import epoch_order
 from utils.errors import Parser, UserError
@@ -110,6 +111,8 @@ def prepare(options: argparse.Namespace) -> None:
     train, val, classes = open_images(build_config(opts=opts), training=True)
     splits = [Split(name, images, folders_of(classes, options)) for name, images in (("train", train), ("val", val))]
     begin(options, {split.name: len(split.images) for split in splits})
+    if left_out := describe_left_out({split.name: split.images.left_out for split in splits}):
+        print(left_out)
     write = write_zip if options.zip else write_shards
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -154,7 +157,9 @@ def alone(out: Path) -> Iterator[None]:
 def folders_of(classes: list[str], options: argparse.Namespace) -> list[str]:
     """Names whose sorted order is that of the classes, since a reader of tar files numbers them so."""
     names = [name.replace("/", "_") for name in classes]
-    if len(set(names)) == len(names) and (options.zip or names == sorted(names)):
+    if options.zip:  # a line of the map file, and a name in the archive, must be text
+        names = ["".join(letter if letter.isprintable() else "_" for letter in name) for name in names]
+    if len(set(names)) == len(names) and (options.zip or names == sorted(names)) and not any(map(is_companion, names)):
         return names
     return [f"{number:05d}_{name}" for number, name in enumerate(names)]
 
@@ -279,7 +284,7 @@ def prepared(numbers: Iterable[int], options: argparse.Namespace, skipped: list[
                 raise UserError(f"image {line}; mend or remove it, or go on without it: --on-bad-image skip") from error
             skipped.append(line)
         else:
-            name = f"{split.folders[label]}/{name_in_class(split.images, i)}"
+            name = f"{split.folders[label]}/{visible(name_in_class(split.images, i))}"
             yield Prepared(name, label, len(source) if isinstance(source, bytes) else len(data), data)
 
 
@@ -315,6 +320,11 @@ def name_in_class(images: Images, i: int) -> str:
         stem, suffix = name, "jpg"
     repeated = i and images.labels[i] == images.labels[i - 1] and member_in_class(images, i - 1) == name
     return f"{stem}~{i:08d}.{suffix}" if repeated or is_ambiguous(name) else name
+
+
+def visible(name: str) -> str:
+    """The name, changed where whoever reads the archive would take it for a hidden file."""
+    return "/".join(f"_{part}" if is_companion(part) else part for part in name.split("/"))
 
 
 def member_in_class(images: ArchiveIndex, i: int) -> str:
