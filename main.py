@@ -3,13 +3,18 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
+from typing import NoReturn
 
-from config import build_config, output_dir
+from config import build_config
+from engine.stopping import CTRL_C_STATUS, Stopped, StopRequest, is_launched
 from utils import distributed
 from utils.errors import Parser, UserError, did_you_mean
+from utils.processes import end_with_parent
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
@@ -17,7 +22,8 @@ APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use 
 SECONDS_FOR_RANK_0_TO_SPEAK = 5
 """torchrun ends all processes as soon as one has failed, so the silent ones wait."""
 
-LAUNCH = {"train": "train", "evaluate": "run_evaluation", "throughput": "run_throughput"}
+SECONDS_FOR_NEWS = 3
+"""So long after an error that another rank's end may have caused, word may come that it was asked to stop."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,43 +90,93 @@ def parse(arguments: list[str]):
     return build_config(cfg_file, opts, flags), mode
 
 
+def run(arguments: list[str]) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    try:
+        config, mode = parse(arguments)
+    except UserError as error:
+        raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
+    # Each import takes seconds, so only once the command line is right
+    if mode == "train":
+        return train_until_stopped(config)
+    engine = importlib.import_module(f"engine.{mode}")
+    (engine.run_evaluation if mode == "evaluate" else engine.run_throughput)(config, distributed.start())
+    return 0
+
+
+def train_until_stopped(config) -> int:
+    """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at."""
+    with StopRequest() as stop:
+        if is_launched():
+            end_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no rank behind that trains on unseen
+        try:
+            from engine.train import train
+
+            train(config, distributed.start(), stop)
+        except Exception:
+            if distributed.world_size() > 1:
+                time.sleep(SECONDS_FOR_NEWS)  # it may come of another rank's end
+            if stop.signal and not stop.answered:
+                stop.wait_for_rescue()
+            raise
+    return 0
+
+
+def explain(error: BaseException) -> int:
+    """Say why it has ended; returns the exit status."""
+    match error:
+        case distributed.AgreedError():
+            if not distributed.is_main():
+                time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+                return 2
+            text, status = f"error: {error}", 2
+        case UserError():
+            where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+            text, status = f"error{where}: {error}", 2
+        case Stopped():
+            text = "" if error.request.answered else f"stopped by {error.request.name} before training began"
+            error.request.answer()
+            status = error.request.status
+        case KeyboardInterrupt():
+            text, status = "\nstopped", CTRL_C_STATUS
+        case SystemExit():  # --help
+            return error.code if isinstance(error.code, int) else 0
+        case _:  # a bug of ours
+            text, status = "".join(traceback.format_exception(error)).rstrip(), 1
+    with suppress(OSError):  # as when a terminal is closed: what is said there is in the log as well
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+    return status
+
+
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    config = mode = None
     try:
-        try:
-            config, mode = parse(arguments)
-        except UserError as error:
-            raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
-        launch = importlib.import_module(f"engine.{mode}")  # takes seconds, so only once the command line is right
-        device = distributed.start()
-        getattr(launch, LAUNCH[mode])(config, device)
-        return 0
-    except distributed.AgreedError as error:
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
-        return 2
-    except UserError as error:
-        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        if distributed.is_main():
-            saved = mode == "train" and (output_dir(config) / "checkpoints" / "last.pth").exists()
-            carry_on = "; the same command carries on from the last save" if saved and config.TRAIN.AUTO_RESUME else ""
-            print(f"\nstopped{carry_on}", file=sys.stderr, flush=True)
-        return 130
-    except Exception:  # a bug of ours: let main end the process even where other ranks wait for it
-        traceback.print_exc()
-        return 1
+        return run(arguments)
+    except BaseException as error:
+        return explain(error)
+
+
+def main_of_a_process(arguments: list[str]) -> NoReturn:
+    """Run the command line and end the process."""
+    try:
+        status = run(arguments)
+        distributed.stop()
+    except BaseException as error:
+        # Here and not later: what its frames hold, as loader processes that are stuck, is not to be torn down
+        leave(explain(error))
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process, with nothing torn down that could crash or wait: loader processes end with this one.
+
+    Where other ranks wait for this one in a collective, torchrun ends them when it is gone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whoever was to read it is gone
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    if status and distributed.world_size() > 1:
-        os._exit(status)  # other ranks may be waiting in a collective: torchrun ends them when this one is gone
-    distributed.stop()
-    sys.exit(status)
+    main_of_a_process(sys.argv[1:])

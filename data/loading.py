@@ -1,7 +1,9 @@
 """Batches on the device, in the order that a sampler gives."""
 
+import multiprocessing
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +17,7 @@ from data.on_device import DeviceStage
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, Key, TrainBatches
 from utils.errors import UserError
+from utils.processes import end_with_parent
 
 PREFETCH_FACTOR = 2
 """Batches that each loader process works ahead."""
@@ -40,7 +43,9 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # what is sent to a whole group is for the main process to answer
+    end_with_parent(signal.SIGKILL)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
     torch.set_num_threads(1)
 
@@ -50,16 +55,22 @@ def stop_on_bad_image(line: str) -> None:
     raise UserError(f"image {line}; remove or mend it, or go on without it: --opts DATA.ON_BAD_IMAGE skip")
 
 
+_workers: "weakref.WeakSet[multiprocessing.Process]" = weakref.WeakSet()
+"""Loader processes of this one."""
+
+
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
     """torch raises an error of its own in the main process, wherever that is, when a loader process has died."""
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        dead = next((worker for worker in _workers if worker.exitcode), None)
+        if dead is None:
             raise
+        how = f"status {dead.exitcode}" if dead.exitcode > 0 else signal.Signals(-dead.exitcode).name
         raise UserError(
-            f"a loader process has died ({str(error).splitlines()[0]}): for want of memory, perhaps; "
+            f"a loader process has died (process {dead.pid}, {how}): for want of memory, perhaps; "
             "use a smaller DATA.NUM_WORKERS, and see what the system's log says"
         ) from error
 
@@ -112,7 +123,9 @@ class _Loader:
             multiprocessing_context="fork" if forks else None,
             worker_init_fn=_start_worker if self.num_workers else None,
         )
-        for batch in loader:
+        batches = iter(loader)
+        _workers.update(getattr(batches, "_workers", ()))
+        for batch in batches:
             images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
             yield batch._replace(images=images, targets=torch.as_tensor(batch.targets))
 

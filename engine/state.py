@@ -1,5 +1,6 @@
 """What a run consists of besides its config and data."""
 
+import threading
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,7 @@ class TrainState:
 
     Attributes:
         carried: CARRIED of the checkpoint that the run goes on from, for whom it concerns.
+        changing: held while weights, step and the rest do not fit each other.
     """
 
     model: nn.Module
@@ -41,6 +43,23 @@ class TrainState:
     best_top1: float = -1.0
     evaluated_step: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
+    changing: threading.RLock = field(default_factory=threading.RLock)
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def begin_step(self) -> None:
+        """Remember what a forward pass changes, BatchNorm's statistics, in case the step is never finished."""
+        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+
+    def finish_step(self) -> None:
+        """The step is done, and everything fits it."""
+        self.step += 1
+        self._buffers = {}
+
+    def content_before_step(self) -> dict[str, Any]:
+        """The same as :meth:`content` in the middle of a step: what was there before it."""
+        content = self.content()
+        content["model"].update((name, value) for name, value in self._buffers.items() if name in content["model"])
+        return content
 
     def content(self) -> dict[str, Any]:
         """What :meth:`restore` needs."""

@@ -1,45 +1,121 @@
-"""Stopping a run from outside without losing a step: SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C."""
+"""Stopping a run from outside without losing a step: SIGTERM, SIGUSR1 (Slurm's warning), SIGHUP and Ctrl-C."""
 
+import os
+import select
 import signal
+import socket
+import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
+"""By ``nohup`` and by a shell that starts something in the background; that stays so."""
 SAME_CTRL_C_SECONDS = 2
-"""torchrun hands on the Ctrl-C that the terminal has sent to all processes: that is no second one."""
+"""A launcher may hand on the Ctrl-C that the terminal has sent to all processes: that is no second one."""
+PATIENCE_SECONDS = 5
+"""So long the main thread has to answer; who has sent a signal expects an end within ten."""
+CTRL_C_STATUS = 130
+END = 0
+"""What is no signal's number."""
+
+
+class Stopped(BaseException):
+    """Raised in the main thread when a signal ends the run: at once where nothing would be lost, else after a save."""
+
+    def __init__(self, request: "StopRequest"):
+        super().__init__(request)
+        self.request = request
 
 
 class StopRequest:
-    """Between entering and leaving it, a signal asks the run to stop; all ranks do so after the same step.
+    """What a signal does to this process.
 
-    The second Ctrl-C ends the process at once.
+    While steps are taken (after :meth:`defer`) a signal waits until the loop asks (:meth:`agreed`), and all ranks stop
+    after the same step. At any other time it raises :class:`Stopped` in the main thread. If the main thread does not
+    answer, because it compiles, waits for data or for another rank, a thread calls ``rescue`` and ends the process.
+    The second Ctrl-C ends it at once. Processes that are forked meanwhile, as the loader's, ignore all of these
+    signals: they end with their trainer.
+
+    Attributes:
+        signal: the first one that has come; 0 for none.
+        rescue: saves what it can while the main thread is stuck; returns what to say of it.
+        say: tells it to whoever watches.
     """
 
     def __init__(self) -> None:
         self.signal = 0
-        self._since = 0.0
-        self._previous: dict[int, object] = {}
+        self.rescue: Callable[[], str] = lambda: ""
+        self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+        self._handlers: dict[int, Any] = {}
+        self._deferred = False
+        self._answered = threading.Event()
+        self._stopped_by = 0
         self._asked = torch.zeros(1, dtype=torch.int32)
         self._answer: dist.Work | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._take) for number in SIGNALS}
+        """Take the signals of this process. Only its main thread can do so."""
+        self._wake_up, self._writer = socket.socketpair()  # Python itself writes there, whatever the main thread does
+        self._writer.setblocking(False)
+        self._wake_up_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._take)
+        self._thread = threading.Thread(target=self._guard, name="signals", daemon=True)
+        self._thread.start()
+        _listening.append(self)
         return self
 
-    def __exit__(self, *error) -> None:
-        if self._answer and error[0] is None:  # else it may never come
-            self._answer.wait()
-        for number, handler in self._previous.items():
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+        if kind is Stopped:  # the process is about to end, and what else comes is to change nothing
+            return
+        _listening.remove(self)
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wake_up_before)
+        self._writer.send(bytes([END]))
+        self._thread.join()
+        self._writer.close()
+        self._wake_up.close()
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal and time.monotonic() - self._since > SAME_CTRL_C_SECONDS:
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self._since = number, time.monotonic()
+    @property
+    def name(self) -> str:
+        """What asked for it."""
+        return "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
+
+    @property
+    def answered(self) -> bool:
+        """Whether the main thread sees to the end of the run."""
+        return self._answered.is_set()
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that has ended as it should: 130 if Ctrl-C has stopped it, else 0.
+
+        Under a launcher 0 too, which would take anything else for a failure and start the process again.
+        """
+        return CTRL_C_STATUS if self._stopped_by == signal.SIGINT and not is_launched() else 0
+
+    def defer(self) -> None:
+        """From now on let a signal wait until :meth:`agreed` is asked."""
+        self._deferred = True
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal, and one that has come already, raise :class:`Stopped` within this block."""
+        before, self._deferred = self._deferred, False
+        if self.signal:
+            raise Stopped(self)
+        yield
+        self._deferred = before
 
     def agreed(self) -> bool:
         """Whether to stop now. Every rank must ask after every step, and all get the same answer.
@@ -47,19 +123,97 @@ class StopRequest:
         The ranks exchange what they know while the next step runs, so that nobody waits: with several, a request
         takes effect one step later.
         """
-        if not dist.is_initialized():
-            return bool(self.signal)
-        stop = False
-        if self._answer:
-            self._answer.wait()
-            stop = bool(self._asked)
-            if not self.signal and stop:
-                self.signal = int(self._asked)
-        self._asked.fill_(self.signal)
-        self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, async_op=True)
+        stop = bool(self.signal)
+        if dist.is_initialized():
+            stop = self.settle()
+            self._asked.fill_(self.signal)
+            self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, async_op=True)
+        if stop:
+            self.answer()
         return stop
 
-    @property
-    def name(self) -> str:
-        """What asked for it."""
-        return "Ctrl-C" if self.signal == signal.SIGINT else signal.Signals(self.signal).name
+    def settle(self) -> bool:
+        """Wait for the answer that is under way, if any; returns whether somebody has asked to stop."""
+        if self._answer is None:
+            return False
+        self._answer.wait()
+        self._answer = None
+        self.signal = self.signal or int(self._asked)
+        return bool(self._asked)
+
+    def answer(self) -> None:
+        """The main thread sees to the end of the run, however long its last save takes."""
+        self._stopped_by = self.signal
+        self._answered.set()
+
+    def wait_for_rescue(self) -> NoReturn:
+        """Let the other thread end the process: the main one has met an error while a signal waited for an answer."""
+        while True:
+            time.sleep(1)
+
+    def leave(self, status: int, text: str) -> NoReturn:
+        """End the process at once, after a line that says why."""
+        threading.Timer(PATIENCE_SECONDS, os._exit, [status]).start()  # who should read the line may be stuck too
+        try:
+            if text:
+                self.say(text)
+        finally:
+            os._exit(status)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+        if not self._deferred and not self._answered.is_set():
+            self._deferred = True  # once is enough
+            raise Stopped(self)
+
+    def _guard(self) -> None:
+        first = None
+        while True:
+            left = None if first is None else max(0.0, first + PATIENCE_SECONDS - time.monotonic())
+            waits = left is not None and not self._answered.is_set()
+            if not select.select([self._wake_up], [], [], left if waits else None)[0]:
+                if not self._answered.is_set():
+                    self._stopped_by = self.signal
+                    self.leave(self.status, self.rescue())
+                continue
+            number = self._wake_up.recv(1)[0]
+            if number == END:
+                return
+            if number not in SIGNALS:
+                continue
+            self.signal = self.signal or number
+            if first is None:
+                first = time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - first > SAME_CTRL_C_SECONDS:
+                self.leave(CTRL_C_STATUS, "\nstopped at once by a second Ctrl-C; the last save is whole")
+
+
+def is_launched() -> bool:
+    """Whether torchrun has started this process, and waits for its exit status."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+_listening: list[StopRequest] = []
+
+
+def _hold_signals() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release_signals() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _ignore_signals() -> None:
+    """In a new process: its trainer decides. What would be written to is the trainer's too."""
+    if _listening:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        _release_signals()
+        _listening.clear()
+
+
+os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_ignore_signals)

@@ -23,11 +23,12 @@ from engine.model import begin_step, compile_in_place, giga_macs, prepare_model,
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, bad_batch
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
-from engine.stopping import StopRequest
+from engine.stopping import PATIENCE_SECONDS, Stopped, StopRequest
 from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
+from utils.bulletin import Bulletin
 from utils.distributed import (
     AgreedError,
     agreement,
@@ -47,17 +48,21 @@ from utils.randomness import seed_everything
 from utils.watchdog import Watchdog
 
 
-def train(config, device: torch.device) -> None:
-    """Train for TRAIN.EPOCHS, from the start or from where an earlier run of the same name stopped."""
-    folder = output_dir(config)
-    with hold(folder) as lock:
+def train(config, device: torch.device, stop: StopRequest | None = None) -> None:
+    """Train for TRAIN.EPOCHS, from the start or from where an earlier run of the same name stopped.
+
+    Raises:
+        Stopped: ``stop`` has asked for it; everything is saved.
+    """
+    stop, folder = stop or StopRequest(), output_dir(config)
+    with Bulletin(stop) as bulletin, hold(folder) as lock:
         if is_main():
             remove_temporaries(folder, folder / "checkpoints")
-        train_in_folder(config, device, lock)
+        run(config, device, stop, bulletin, lock)
 
 
-def train_in_folder(config, device: torch.device, lock: Lock) -> None:
-    """The same, for the one who holds the results folder."""
+def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin, lock: Lock) -> None:
+    """Prepare everything, take the steps, and say how it has ended."""
     with agreement():
         loaders = build_loaders(config, device)
         steps_per_epoch, global_batch = loaders.train.steps_per_epoch, loaders.train.global_batch
@@ -90,13 +95,23 @@ def train_in_folder(config, device: torch.device, lock: Lock) -> None:
                 log.message(
                     f"micro-batches of {config.DATA.BATCH_SIZE} are computed in {parts} parts, for want of memory"
                 )
-            with StopRequest() as stop, Watchdog(config.TRAIN.HANG_MINUTES) as watchdog:
-                take_steps(config, state, loaders, schedule, mix, precision, parts, checkpoints, stop, watchdog, log)
-                checkpoints.finish()
-        if state.step < total_steps:
-            log.message(f"stopped by {stop.name} after step {state.step:,}; the same command carries on from there")
-        else:
-            log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
+            with Watchdog(config.TRAIN.HANG_MINUTES, bulletin, output_dir(config)) as watchdog:
+                try:
+                    take_steps(
+                        config, state, loaders, schedule, mix, precision, parts, checkpoints, stop, watchdog, log
+                    )
+                    checkpoints.finish()
+                except Stopped:
+                    stop.answer()
+                    checkpoints.finish()
+                    log.message(stopped_after(state.step, stop))
+                    raise
+        log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
+
+
+def stopped_after(step: int, stop: StopRequest) -> str:
+    """The last line of a run that a signal has ended."""
+    return f"stopped by {stop.name} after step {step:,}; the same command carries on from there"
 
 
 def take_steps(
@@ -127,17 +142,39 @@ def take_steps(
         return not steps_into_epoch and (epoch % config.TRAIN.EVAL_EVERY_EPOCHS == 0 or step == total_steps)
 
     def save() -> None:
-        counts = {"meters": meters.content(), "skipped": skipped.content(), "skipped_images": skipped_images(loader)}
+        counts = {"meters": meters.content(), "skipped_images": skipped_images(loader)}
         if is_main():
-            facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
-            epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
-            keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
-            keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
-            saved = {**state.content(), **counts, **facts, "epoch": epoch, "config": config.dump()}
-            checkpoints.save_last({**saved, "owed": log.owed()}, keep)
+            with state.changing:
+                write(state.content(), counts)
+
+    def write(content: dict, counts: dict) -> None:
+        facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
+        epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
+        keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
+        keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
+        facts |= {"epoch": epoch, "config": config.dump(), "skipped": skipped.content(), "owed": log.owed()}
+        checkpoints.save_last({**content, **counts, **facts}, keep)
+
+    def rescue() -> str:
+        """Save from another thread, while the main one is stuck in the middle of a step."""
+        if not is_main():
+            return ""
+        if not state.changing.acquire(timeout=PATIENCE_SECONDS):
+            return f"stopped by {stop.name} in the middle of a step; the same command carries on from the last save"
+        write(state.content_before_step(), {"meters": meters.content(of_all=False), "skipped_images": loader.skipped})
+        try:
+            checkpoints.finish()
+        except UserError as error:
+            stop.leave(2, f"error: {error}")
+        return stopped_after(state.step, stop)
+
+    def say_and_close(text: str) -> None:
+        log.message(text)
+        log.close()
 
     def evaluate_and_save() -> None:
-        evaluate_and_keep_best(config, state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
+        with stop.at_once():  # the state is saved already
+            evaluate_and_keep_best(config, state, loaders, precision, state.step // steps_per_epoch, log, checkpoints)
         save()
         watchdog.beat(state.step)
 
@@ -145,15 +182,18 @@ def take_steps(
     skipped.restore(state.carried.get("skipped") or {})
     loader.skipped = state.carried.get("skipped_images", 0) * is_main()
     set_learning_rate(state.optimizer, schedule(max(state.step - 1, 0)))  # that of the last step, as it was
+    stop.rescue, stop.say = rescue, say_and_close
     if evaluation_due(state.step) and state.evaluated_step < state.step:
         evaluate_and_save()  # an earlier run stopped between a save and its evaluation
     elif state.carried.get("owed") or state.carried.get("owed_best"):
         save()  # what could not be written then has a file now
     set_training_mode(model)
     batches = timed(loader.micro_batches(state.step, total_steps), stopwatch, watchdog)
+    stop.defer()
     for step in range(state.step, total_steps):
         learning_rate = schedule(step)
         set_learning_rate(state.optimizer, learning_rate)
+        state.begin_step()
         step_loss = torch.zeros((), device=device)
         begin_step(state.model)
         for micro_step in range(accumulation):
@@ -168,10 +208,11 @@ def take_steps(
                         loss = criterion(model(x), y) * share
                     state.scaler.scale(loss).backward()
                 step_loss += loss.detach()
-        grad_norm, finite = update_weights(state.optimizer, state.scaler, parameters, max_norm)
-        if state.ema:
-            state.ema.update(state.model, step + 1, finite)
-        state.step = step + 1
+        with state.changing:
+            grad_norm, finite = update_weights(state.optimizer, state.scaler, parameters, max_norm)
+            if state.ema:
+                state.ema.update(state.model, step + 1, finite)
+            state.finish_step()
         skipped.add(finite)  # these two stay on the device
         meters.add(finite, loss=step_loss, grad_norm=grad_norm)
         stopwatch.images(loader.global_batch)
@@ -199,7 +240,8 @@ def take_steps(
             stopwatch.restart()
         if stop.agreed():
             save()
-            return
+            raise Stopped(stop)
+    stop.settle()
 
 
 def skipped_images(loader: TrainLoader) -> int:
@@ -366,9 +408,9 @@ def timed(batches: Iterator, stopwatch: Stopwatch, watchdog: Watchdog) -> Iterat
     """The same batches; the time spent waiting for each goes to the stopwatch, and the watchdog knows of it."""
     while True:
         start = time.perf_counter()
-        watchdog.activity = "loading data"
+        watchdog.doing("loading data")
         batch = next(batches, None)
-        watchdog.activity = "computing"
+        watchdog.doing("computing")
         if batch is None:
             return
         stopwatch.waited(time.perf_counter() - start)
@@ -426,7 +468,6 @@ def evaluate_and_keep_best(
 ) -> None:
     """Evaluate the weights, and their moving average where there is one; keep what beats the best so far."""
     state.share_buffers()
-    state.evaluated_step = state.step
     candidates = {"model": state.model, **({"ema": state.ema.module} if state.ema else {})}
     for weights, model in candidates.items():
         result = evaluate(model, loaders.val, precision, build_views(config))
@@ -447,3 +488,4 @@ def evaluate_and_keep_best(
                 )
         best = f"best {state.best_top1:.2f}" + (f" -> {checkpoints.best}" if is_best else "")
         log.evaluation({"step": state.step, "epoch": epoch, "weights": weights, **result}, best)
+    state.evaluated_step = state.step

@@ -9,7 +9,7 @@ python scripts/make_digits.py quickstart/digits
 # 1, 2, 4, 8 ... processes, which divide the 32 images of a step: one for each GPU, or two on the CPU
 processes=$(python -c 'import torch; gpus = min(torch.cuda.device_count(), 32) or 2; print(1 << gpus.bit_length() - 1)')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the CPU processes share the cores
-run() { torchrun --standalone --nproc_per_node "$processes" main.py --cfg configs/micro.yaml --output quickstart "$@"; }
+run() { python scripts/launch.py --standalone --nproc_per_node "$processes" main.py --cfg configs/micro.yaml --output quickstart "$@"; }
 results=quickstart/crossformer_micro/digits
 
 start=$SECONDS

@@ -383,7 +383,7 @@ def test_weights_that_are_not_finite_end_the_run(run_main, digits):
 def test_ctrl_c_with_loader_processes(digits, tmp_path):
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2", "--data-path", digits, "--batch-size", "8")
     status, stderr = stop_at("step 12/", signal.SIGINT, *flags, "--output", tmp_path)
-    assert (status, stderr) == (0, "")
+    assert (status, stderr) == (130, "")
 
 
 class CountSynchronisations(TorchDispatchMode):

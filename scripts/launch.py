@@ -1,0 +1,64 @@
+"""Start a run as torchrun does, and end it as one process would.
+
+    python scripts/launch.py --nproc_per_node 8 main.py --cfg configs/small.yaml --data-path /imagenet
+
+It takes what torchrun takes. A signal goes to the ranks, which save and end; torchrun would take that for a failure and
+print a traceback. Exit status 0: done, or stopped by SIGTERM, SIGUSR1 or SIGHUP; 130: stopped by Ctrl-C; 1: a rank has
+failed, and has said why.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+CTRL_C_STATUS = 130
+
+
+def ranks() -> list[int]:
+    """The processes that this one has started: from the kernel's list of all, or where it has none from ``ps``."""
+    if not Path("/proc/self/stat").exists():
+        lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [map(int, line.split()) for line in lines.splitlines()]
+        return [process for process, parent in pairs if parent == os.getpid()]
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    got: list[int] = []
+
+    def hand_on(number: int, frame) -> None:
+        got.append(number)
+        for process in ranks():
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    given = parse_args(arguments)
+    given.signals_to_handle = "SIGQUIT"  # of the rest torchrun is not to know
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, hand_on)
+    try:
+        run(given)
+    except ChildFailedError as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    return CTRL_C_STATUS if signal.SIGINT in got else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

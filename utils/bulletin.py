@@ -1,0 +1,71 @@
+"""What the ranks tell each other whatever their main threads are doing: signs of life, and that one is to stop."""
+
+import json
+import os
+import threading
+from typing import Protocol
+
+import torch.distributed as dist
+
+from utils.distributed import rank, world_size
+
+SECONDS_BETWEEN_TURNS = 1.0
+STOP = "stop"
+
+
+class Request(Protocol):
+    """The number of a signal that has come; 0 for none."""
+
+    signal: int
+
+
+class Bulletin:
+    """A thread that publishes what this rank is doing, and sends this process the signal that another rank has got.
+
+    It may hang when the network does, so nobody waits for it.
+
+    Args:
+        stop: this rank's own request.
+
+    Attributes:
+        step: steps that are done.
+        activity: what is being done now.
+    """
+
+    def __init__(self, stop: Request):
+        self.stop = stop
+        self.step, self.activity = 0, "starting"
+        self._turns = 0
+        self._done = threading.Event()
+        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+    def __enter__(self) -> "Bulletin":
+        if self._store:
+            threading.Thread(target=self._publish, name="bulletin", daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if error[0] is None:  # else the others may have something to say of it
+            self._done.set()
+
+    def lives(self) -> dict[int, list]:
+        """Of each rank the number of its sign of life, its step and activity. It may take for ever."""
+        if not self._store:
+            return {}
+        names = {other: f"life of rank {other}" for other in range(world_size())}
+        return {
+            other: json.loads(self._store.get(name)) if self._store.check([name]) else [0, 0, "starting"]
+            for other, name in names.items()
+        }
+
+    def _publish(self) -> None:
+        handed_on = False
+        while not self._done.wait(SECONDS_BETWEEN_TURNS):
+            self._turns += 1
+            self._store.set(f"life of rank {rank()}", json.dumps([self._turns, self.step, self.activity]))
+            if self.stop.signal and not handed_on:
+                handed_on = True
+                self._store.set(STOP, str(int(self.stop.signal)))
+            elif not self.stop.signal and self._store.check([STOP]):
+                handed_on = True
+                os.kill(os.getpid(), int(self._store.get(STOP)))
