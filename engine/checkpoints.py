@@ -166,6 +166,7 @@ class Checkpoints:
 
         def write() -> None:
             with checkpoint.written_beside(self.last, self._true_of_best(content)) as temporary:
+                self._may_write()  # still: the process may have been stopped in between
                 if kept_as:  # first, so that no kill can leave the save without it
                     self._keep(temporary, kept_as, content["step"])
                 if self.last not in self._steps or content.get("step") != self._steps[self.last]:
@@ -236,6 +237,9 @@ class Checkpoints:
 
     def keep_missing(self, every: int, steps_per_epoch: int) -> None:
         """Keep those of the latest saves for good that are of an epoch that should have been kept and is not there."""
+        newest = max((step for step in self._steps.values() if step), default=0) // steps_per_epoch // every * every
+        if all(self.epoch_file(epoch).exists() for epoch in range(newest, 0, -every)[: len(self.latest)]):
+            return
         for path in filter(Path.exists, self.latest):
             if path not in self._steps:
                 with suppress(UserError):
@@ -251,7 +255,12 @@ class Checkpoints:
 
     def _write_best(self) -> None:
         """Write the best weights unless their file has them."""
-        write = partial(checkpoint.save_atomically, self._best_weights, self.best)
+
+        def write() -> None:
+            with checkpoint.written_beside(self.best, self._best_weights) as temporary:
+                self._may_write()
+                os.replace(temporary, self.best)
+
         if self._best_is_owed() and self._attempt(self.best, write):
             self._best_on_disk = self._best_weights.get("top1")
         if not self.best.is_file():

@@ -142,22 +142,19 @@ def take_steps(
         epoch, steps_into_epoch = divmod(step, steps_per_epoch)
         return not steps_into_epoch and (epoch % config.TRAIN.EVAL_EVERY_EPOCHS == 0 or step == total_steps)
 
-    def counts() -> dict:
-        return {"meters": meters.content(), "skipped": skipped.content(), "skipped_images": skipped_images(loader)}
-
     def save() -> None:
-        counted = counts()
+        counts = {"meters": meters.content(), "skipped_images": skipped_images(loader)}
         if is_main():
             with state.changing:
-                write_last({**state.content(), **counted})
+                write_last(state.content(), counts)
 
-    def write_last(content: dict) -> None:
+    def write_last(content: dict, counts: dict) -> None:
         facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
         epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
         keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
         keep = epoch if keep_every and not steps_into_epoch and epoch and epoch % keep_every == 0 else None
-        saved = {**content, **facts, "epoch": epoch, "config": config.dump(), "owed": log.owed()}
-        checkpoints.save_last(saved, keep)
+        facts |= {"epoch": epoch, "config": config.dump(), "skipped": skipped.content(), "owed": log.owed()}
+        checkpoints.save_last({**content, **counts, **facts}, keep)
 
     def rescue() -> str:
         """Save from another thread, while the main one is stuck in the middle of a step."""
@@ -165,9 +162,9 @@ def take_steps(
             return ""
         if not state.changing.acquire(timeout=PATIENCE_SECONDS):
             return f"stopped by {stop.name} in the middle of a step; the same command carries on from the last save"
-        # Other ranks cannot be asked now: the next line of the log will be about the steps that follow
-        counted = counts() if world_size() == 1 else {}
-        write_last({**state.content_before_step(), **counted})
+        # The other ranks cannot be asked now
+        counts = {"meters": meters.content(of_all=False), "skipped_images": loader.skipped}
+        write_last(state.content_before_step(), counts)
         checkpoints.finish()
         return stopped_after(state.step, stop)
 
@@ -181,11 +178,11 @@ def take_steps(
         save()
         watchdog.beat(state.step)
 
-    stop.rescue, stop.say = rescue, say_and_close
     meters.restore(state.carried.get("meters") or {}, device)
     skipped.restore(state.carried.get("skipped") or {})
     loader.skipped = state.carried.get("skipped_images", 0) * is_main()
     set_learning_rate(state.optimizer, schedule(max(state.step - 1, 0)))  # that of the last step, as it was
+    stop.rescue, stop.say = rescue, say_and_close
     if evaluation_due(state.step) and state.evaluated_step < state.step:
         evaluate_and_save()  # an earlier run stopped between a save and its evaluation
     elif state.carried.get("owed") or state.carried.get("owed_best"):

@@ -83,9 +83,11 @@ def written_beside(path: Path, content: dict[str, Any]) -> Iterator[Path]:
             os.fsync(file.fileno())
         yield temporary
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):  # torch's writer raises the latter
+            raise
         reason = reason_of((hashing and hashing.error) or error)
         raise NotWritten(path, reason, "the file before it is whole; free some space") from error
 

@@ -36,14 +36,14 @@ class DeviceMeters:
         self._sums = {}
         return {name: value / count if count else float("nan") for name, value in sums.items()}
 
-    def content(self) -> dict[str, torch.Tensor]:
-        """What has not been read yet, ``(ranks,)`` each, for :meth:`restore`. A collective."""
+    def content(self, of_all: bool = True) -> dict[str, torch.Tensor]:
+        """What has not been read yet, ``(ranks,)`` each, for :meth:`restore`. A collective if it is of all ranks."""
         names = sorted(self._sums)
         if not names:
             return {}
         sums = self._sums[names[0]].new_zeros(world_size(), len(names))
         sums[rank()] = torch.stack([self._sums[name] for name in names])
-        return dict(zip(names, sum_over_ranks(sums).unbind(1), strict=True))
+        return dict(zip(names, (sum_over_ranks(sums) if of_all else sums).unbind(1), strict=True))
 
     def restore(self, content: dict[str, torch.Tensor], device: torch.device) -> None:
         """Go on from there; with another number of ranks the first one takes what all had."""

@@ -215,3 +215,20 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     write_whole(tmp_path / "config.yaml", b"whole")
     remove_temporaries(tmp_path, tmp_path / "not there")
     assert os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_a_folder_that_became_anothers_is_left_alone(tmp_path):
+    """Taken over by another host while this process was stopped in the middle of a save."""
+    checks = iter([None, None, None, UserError("was taken over")])
+
+    def may_write() -> None:
+        if error := next(checks):
+            raise error
+
+    checkpoints = Checkpoints(tmp_path, may_write=may_write)
+    checkpoints.save_last({"step": 1})
+    checkpoints.save_last({"step": 2})
+    with pytest.raises(UserError, match="was taken over"):
+        checkpoints.finish()
+    assert read(checkpoints.last)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pth"]
