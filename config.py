@@ -38,6 +38,12 @@ _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.NUM_WORKERS = 8
 # An image that cannot be decoded: error stops the run; skip takes another one and logs the path
 _C.DATA.ON_BAD_IMAGE = "error"
+# Turn and mirror images as their EXIF orientation asks for; False leaves them as they lie in the file, as published
+_C.DATA.UPRIGHT = False
+# An image with more pixels than this counts as bad, lest one file take all of the memory
+_C.DATA.MAX_PIXELS = 178_956_970
+# Value that is white in grey images of more than 8 bits; 0 takes that of 16 bits, and refuses floats and 32 bits
+_C.DATA.WHITE = 0.0
 # Mean and standard deviation of the red, green and blue channel, to normalise with
 _C.DATA.MEAN = [0.485, 0.456, 0.406]
 _C.DATA.STD = [0.229, 0.224, 0.225]
@@ -209,6 +215,7 @@ RANGES = {
     "AUG.COLOR_JITTER": (0, 1), "AUG.CUTMIX": (0, _ANY), "AUG.HFLIP": (0, 1), "AUG.MIXUP": (0, _ANY),
     "AUG.MIXUP_PROB": (0, 1), "AUG.MIXUP_SWITCH_PROB": (0, 1), "AUG.RECOUNT": (1, _ANY), "AUG.REPROB": (0, 1),
     "DATA.BATCH_SIZE": (1, _ANY), "DATA.IMG_SIZE": (1, _ANY), "DATA.NUM_WORKERS": (0, _ANY),
+    "DATA.MAX_PIXELS": (1, _ANY), "DATA.WHITE": (0, _ANY),
     "MODEL.DROP_PATH_RATE": (0, 0.999), "MODEL.DROP_RATE": (0, 0.999), "MODEL.LABEL_SMOOTHING": (0, 0.999),
     "MODEL.NUM_CLASSES": (0, _ANY), "MODEL.CROSSFORMER.EMBED_DIM": (0, _ANY), "PRINT_FREQ": (1, _ANY),
     "SEED": (0, _ANY), "TEST.CROP_PCT": (0.01, 1), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
@@ -232,7 +239,8 @@ MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
 """Settings that the state of an optimizer depends on, so that a resumed run may not change them."""
 
 NO_EFFECT = (
-    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
+    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.MAX_PIXELS",
+    "DATA.NUM_WORKERS",
     "LOG.WANDB", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT",
     "TRAIN.ACCUMULATION_STEPS",
     "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
