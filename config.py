@@ -13,6 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError, did_you_mean
+from utils.surroundings import expanded
 
 _C = CfgNode()
 
@@ -238,6 +239,9 @@ NUMBER_LISTS = {
 MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
 """Settings that the state of an optimizer depends on, so that a resumed run may not change them."""
 
+PATHS = ("DATA.CACHE_DIR", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
+"""Settings that name a file or a folder, so that ~ in them is the home folder."""
+
 NO_EFFECT = (
     "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.MAX_PIXELS",
     "DATA.NUM_WORKERS",
@@ -279,6 +283,7 @@ def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[S
     """
     config = default_config()
     origin: dict[str, str] = {}
+    cfg_file = expanded(cfg_file)
     for key, value, source in [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]:
         _set(config, key, value, source)
         origin[key] = source
@@ -309,7 +314,7 @@ def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting
                 raise UserError(f"BASE ({source}) must be a file name or a list of them")
             for base in [value] if isinstance(value, str) else value:
                 if base:
-                    yield from read_yaml(path_shown.parent / base, (*being_read, path))
+                    yield from read_yaml(path_shown.parent / expanded(base), (*being_read, path))
     yield from (setting for setting in settings if setting[0] != "BASE")
 
 
@@ -339,7 +344,9 @@ def _pairs(opts: list[str]) -> Iterator[Setting]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+            if not isinstance(_lookup(key, "--opts"), str):  # a name may hold anything
+                raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+            value = text
         if key == "BASE":
             raise UserError("BASE belongs in a YAML file; on the command line give the file with --cfg")
         is_text = isinstance(_lookup(key, "--opts"), str) and not isinstance(value, bool)
@@ -364,7 +371,8 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
-    config[name] = _coerce(key, value, default, source)
+    value = _coerce(key, value, default, source)
+    config[name] = expanded(value) if key in PATHS else value
 
 
 def _coerce(key: str, value: Any, default: Any, source: str) -> Any:

@@ -9,7 +9,8 @@ import traceback
 
 from config import build_config, output_dir
 from utils import distributed
-from utils.errors import Parser, UserError, did_you_mean
+from utils.errors import Parser, UserError, did_you_mean, say_error
+from utils.surroundings import settle
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
@@ -87,6 +88,7 @@ def parse(arguments: list[str]):
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     config = mode = None
+    settle()
     try:
         try:
             config, mode = parse(arguments)
@@ -98,13 +100,13 @@ def main(arguments: list[str]) -> int:
         return 0
     except distributed.AgreedError as error:
         if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say_error(error)
         else:
             time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
         return 2
     except UserError as error:
         where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        say_error(error, where)
         return 2
     except KeyboardInterrupt:
         if distributed.is_main():

@@ -42,6 +42,12 @@ APP1, END_OF_IMAGE, START_OF_SCAN = 0xE1, 0xD9, 0xDA
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC = 0x0112, 258, 262
 """Tags of TIFF and EXIF."""
 WHITE_IS_ZERO = 0
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What undoes an orientation; Pillow counts degrees against the clock."""
 
 # What is too large is refused below; that something is large is no news to anybody
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -69,7 +75,8 @@ def decode(data: bytes | Image.Image, how: Decoding = AS_PUBLISHED) -> Tensor:
     """The image as RGB, ``(3, H, W)`` uint8 with channels last in memory.
 
     What the bytes are decides, not the file's name: libjpeg-turbo decodes JPEGs; Pillow everything else that it can
-    and what the other refuses. On a JPEG they give the same pixels. Of an animation or of several pages it is the first.
+    and what the other refuses. On a JPEG they give the same pixels. Of an animation or of several pages it is the
+    first.
 
     Raises:
         Exception: the bytes are no image. Its type is Pillow's choice.
@@ -227,14 +234,10 @@ def orientation_of(picture: Image.Image) -> int:
 
 
 def turn(pixels: Tensor, orientation: int) -> Tensor:
-    """``(3, H, W)`` stored with an EXIF orientation, upright; channels last in memory. Source: Exif 2.32, 4.6.4 A."""
-    if orientation not in range(2, 9):
+    """``(3, H, W)`` stored with an EXIF orientation, upright. Source: Exif 2.32, section 4.6.4 A."""
+    if orientation not in TURNS:
         return pixels
-    rows = pixels.permute(1, 2, 0).numpy()
-    rows = rows.swapaxes(0, 1) if orientation > 4 else rows
-    rows = rows[::-1] if orientation in (3, 4, 7, 8) else rows
-    rows = rows[:, ::-1] if orientation in (2, 3, 6, 7) else rows
-    return torch.from_numpy(np.ascontiguousarray(rows)).permute(2, 0, 1)
+    return pil_to_tensor(tensor_to_pil(pixels).transpose(TURNS[orientation]))
 
 
 def pil_to_tensor(image: Image.Image) -> Tensor:

@@ -17,7 +17,7 @@ from data import Loaders, build_loaders, build_mixing, fingerprint
 from data.loading import TrainLoader, naming_dead_workers
 from engine.checkpoints import Checkpoints
 from engine.ema import Ema
-from engine.evaluate import build_views, check_classes, evaluate
+from engine.evaluate import build_views, check_classes, describe_turned, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
 from engine.precision import Precision, choose_precision
@@ -166,6 +166,8 @@ def take_steps(
                 stop_for_good(config, state, loader, step_loss, checkpoints)
         if save_due:
             save()
+        if state.step == steps_per_epoch and (line := describe_turned(loader, config)):
+            log.message(line)
         if evaluation_due(state.step):
             evaluate_and_save()
             stopwatch.restart()

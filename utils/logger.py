@@ -13,6 +13,7 @@ from typing import Any
 
 from utils.distributed import is_main
 from utils.errors import UserError
+from utils.names import printable
 
 
 class RunLog:
@@ -94,7 +95,7 @@ class RunLog:
         with suppress(OSError):  # training goes on; hosts that share no OUTPUT have no folder there yet
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "skipped_images.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{line}\n")
+                file.write(f"{printable(line)}\n")
         if is_main():
             self._say(f"skipped image {line}")
 
@@ -150,6 +151,7 @@ class RunLog:
             self._wandb.finish()
 
     def _say(self, text: str) -> None:
+        text = printable(text)  # the name of a file or class may hold anything
         if self._bar:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:

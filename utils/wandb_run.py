@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError
+from utils.names import printable
 
 
 def start_wandb(folder: Path, config, first_step: int):
@@ -25,7 +26,7 @@ def start_wandb(folder: Path, config, first_step: int):
         run = wandb.init(
             project=config.LOG.WANDB,
             id=named.read_text(encoding="utf-8").strip(),
-            name=f"{config.MODEL.NAME} {config.TAG}",
+            name=printable(f"{config.MODEL.NAME} {config.TAG}"),
             config=yaml.safe_load(config.dump()),
             dir=folder,
             resume="allow",
