@@ -67,10 +67,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     several.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 64 256 on a GPU, else 1 4")
     files = argparse.ArgumentParser(add_help=False)
     files.add_argument(
-        "--prepared", type=expanded, metavar="DIR", help="the same as prepare_imagenet.py has written them"
+        "--prepared", type=expanded, metavar="DIR", help="the same images as prepare_imagenet.py has written them"
     )
     files.add_argument(
-        "--cfg", type=expanded, default="", metavar="FILE", help="recipe and image size; else the published"
+        "--cfg", type=expanded, default="", metavar="FILE", help="recipe and image size; the published one by default"
     )
     files.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="loader processes")
     size = argparse.ArgumentParser(add_help=False)
@@ -87,13 +87,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     step.add_argument("--batch-size", type=int, metavar="N", help="256 on a GPU, else 4")
     data = add("data", "the input pipeline: this loader, timm's, torchvision's and DALI's", files)
     data.add_argument(
-        "--data-path", type=expanded, required=True, metavar="DIR", help="originals, as train/CLASS/*.jpg"
+        "--data-path", type=expanded, required=True, metavar="DIR", help="original images, as train/CLASS/*.jpg"
     )
     data.add_argument("--batch-size", type=int, default=64, metavar="N")
     data.add_argument("--batches", type=int, default=40, metavar="N", help="batches of one measurement")
     add("checkpoint", "how long saving a checkpoint keeps training waiting", size)
     every = add("all", "all of them, one after the other", network, several, files, size)
-    every.add_argument("--data-path", type=expanded, metavar="DIR", help="originals; without them data is left out")
+    every.add_argument(
+        "--data-path", type=expanded, metavar="DIR", help="original images; without them data is left out"
+    )
     parsed = parser.parse_args(arguments)
     for name, value in vars(parsed).items():
         for number in value if isinstance(value, list) else [value]:

@@ -303,9 +303,9 @@ def shrunk(data: bytes | Image.Image, short_side: int, quality: int, decoding: D
     unless it is turned here, which happens to small ones too.
     """
     is_file = isinstance(data, bytes)
-    if is_file and not decoding.upright:
-        if not short_side or ((size := jpeg_size(data)) and min(size[:2]) <= short_side):
-            return data
+    size = jpeg_size(data) if is_file else None
+    if is_file and not decoding.upright and (not short_side or (size and min(size[:2]) <= short_side)):
+        return data
     pixels, orientation = decode_with_orientation(data, decoding)
     height, width = pixels.shape[1:]
     turned, larger = decoding.upright and orientation > 1, short_side and min(height, width) > short_side
@@ -316,10 +316,8 @@ def shrunk(data: bytes | Image.Image, short_side: int, quality: int, decoding: D
     tags = Image.Exif()
     if orientation > 1 and not turned:
         tags[ORIENTATION] = orientation
-    as_jpeg = (
-        dict(format="JPEG", quality=quality) if short_side or (is_file and jpeg_size(data)) else dict(format="PNG")
-    )
-    tensor_to_pil(pixels).save(file := io.BytesIO(), exif=tags, **as_jpeg)
+    form = "JPEG" if short_side or size else "PNG"
+    tensor_to_pil(pixels).save(file := io.BytesIO(), form, exif=tags, quality=quality)
     return file.getvalue()
 
 
