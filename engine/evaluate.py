@@ -210,7 +210,7 @@ def number_as_the_model(
 def check_classes(content: dict, classes: list[str], path: str) -> None:
     """Refuse a checkpoint that was trained on other classes than the data has."""
     trained_on = named_classes(content, None, path) or classes
-    if trained_on != classes and len(trained_on) == len(classes):
+    if classes not in (trained_on, as_ids(trained_on)) and len(trained_on) == len(classes):
         i = next(i for i, (a, b) in enumerate(zip(trained_on, classes, strict=True)) if a != b)
         raise UserError(
             f"{path} was trained on other classes: its class {i} is {trained_on[i]!r}, the data's {classes[i]!r}"

@@ -143,7 +143,7 @@ def named_classes(content: dict, num_classes: int | None, path: str) -> list[str
     if isinstance(names, dict):  # timm's, where some numbers have no name
         last = max(int(number) for number in names if str(number).isdigit())
         names = [names.get(str(i), f"class {i}") for i in range(num_classes or last + 1)]
-    names = [str(name) if isinstance(name, int) else name for name in names]
+    names = [str(name) if isinstance(name, int) else name for name in names] if isinstance(names, list) else [None]
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: label_names must be a list of names, one for each class; mend its config.json")
     if num_classes not in (None, len(names)):

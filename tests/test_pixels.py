@@ -66,7 +66,7 @@ def turned(orientation: int) -> Image.Exif:
 
 
 def test_grey_of_16_bits_is_scaled_as_colours_are():
-    """Once all of these above 255 were white. The scale is that of Pillow for 16-bit colours, whatever the file type."""
+    """Once all of these above 255 were white. The scale is that of Pillow for 16-bit colours, in any type of file."""
     expected = VALUES >> 8
     colours = np.repeat(VALUES[..., None], 3, axis=2)
     files = {
