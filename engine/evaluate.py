@@ -190,8 +190,10 @@ def number_as_the_model(
     known = named_classes(content, num_classes, path)
     if known is None and num_classes == len(IMAGENET):
         known = IMAGENET
-    if known is None or known == loaders.classes or not isinstance(images, ImageIndex):
+    if known is None or known == loaders.classes:
         return loaders.classes, set()
+    if not isinstance(images, ImageIndex):  # where it does not name its classes, their numbers are the model's
+        return known if images.classes is None else loaders.classes, set()
     present = loaders.classes
     if as_ids(known) == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
         known, present = IMAGENET, images.rename_classes([IMAGENET[int(number)] for number in present]).classes

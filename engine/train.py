@@ -24,6 +24,7 @@ from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, write_bad_batch
 from engine.state import TrainState, check_resumable, step_after
 from engine.stopping import StopRequest
+from engine.trained import as_ids, named_classes
 from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
@@ -242,7 +243,7 @@ def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders
         if path:
             lines += resume(config, state, Path(path), loaders)
         elif config.MODEL.PRETRAINED:
-            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, len(loaders.classes)))
+            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, loaders.classes))
         else:
             lines.append("starting from random weights")
     return lines
@@ -263,16 +264,19 @@ def resume(config, state: TrainState, path: Path, loaders: Loaders) -> list[str]
     return lines
 
 
-def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str:
+def start_from_pretrained(path: str, state: TrainState, classes: list[str]) -> str:
     """Begin with the weights in ``path``, and a new head where the classes differ; returns a line that says so."""
-    weights = checkpoint.state_dict_of(checkpoint.read(path), path)
+    content = checkpoint.read(path)
+    weights = checkpoint.state_dict_of(content, path)
     loaded = load_weights(state.model, weights, path, allow_new_head=True)
     if state.ema:
         state.ema.set(state.model)
     head = "the head too"
     if loaded.new_head:
         had = f"{loaded.classes_in_file} classes" if loaded.classes_in_file else "no head"
-        head = f"the head is new ({had} in the file, {num_classes} in the data)"
+        head = f"the head is new ({had} in the file, {len(classes)} in the data)"
+    elif (named := named_classes(content, None, path) or classes) and classes not in (named, as_ids(named)):
+        head = "the head too, although its classes are others or in another order"
     return f"starting from {path}: {loaded.matched} weights matched, {head}"
 
 

@@ -536,7 +536,9 @@ def draw_sheet(rows: dict[str, Iterable[Tensor]], names: list[str], heading: str
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
+    body = text.lstrip("\n")
+    text = text[: len(text) - len(body)] + printable(body)  # a name may hold anything
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_report(console: Console, report: dict, file: Path) -> None:

@@ -33,7 +33,12 @@ def harmless(cell):
 
 def font_file() -> Path:
     """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic, Arabic, Hebrew, many signs, no Chinese."""
-    from matplotlib import get_data_path  # takes its time to load, and only pictures need it
+    try:
+        from matplotlib import get_data_path  # takes its time to load, and only pictures need it
+    except ImportError as error:
+        from utils.errors import UserError  # which imports this
+
+        raise UserError("drawing pictures needs matplotlib: pip install matplotlib") from error
 
     return Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
