@@ -313,11 +313,12 @@ def shrunk(data: bytes | Image.Image, short_side: int, quality: int, decoding: D
         return data
     if larger:
         pixels = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
-    tags = Image.Exif()
+    options: dict = {"quality": quality}
     if orientation > 1 and not turned:
-        tags[ORIENTATION] = orientation
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = orientation
     form = "JPEG" if short_side or size else "PNG"
-    tensor_to_pil(pixels).save(file := io.BytesIO(), form, exif=tags, quality=quality)
+    tensor_to_pil(pixels).save(file := io.BytesIO(), form, **options)
     return file.getvalue()
 
 
