@@ -207,7 +207,7 @@ def examine(images: Images, i: int, record: np.void, decoding: Decoding) -> tupl
     if isinstance(data, bytes):
         record["bytes"] = len(data)
     try:
-        record["hash"] = fingerprint(data)
+        record["hash"] = fingerprint(data, decoding)
         pixels, record["orientation"] = decode_with_orientation(data, decoding)
     except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
         reason = one_line(error)
@@ -226,9 +226,12 @@ def examine(images: Images, i: int, record: np.void, decoding: Decoding) -> tupl
     return pixels, "", ""
 
 
-def fingerprint(data: bytes | Image.Image) -> int:
+def fingerprint(data: bytes | Image.Image, decoding: Decoding) -> int:
     """64 bits of a hash, and 0 of nothing."""
-    content = data if isinstance(data, bytes) else data.tobytes()
+    content = data
+    if isinstance(data, Image.Image):
+        with open_picture(data, decoding.max_pixels) as picture:  # refuses what is not to be opened
+            content = picture.tobytes()
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) if content else 0
 
 
