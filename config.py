@@ -13,6 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError, did_you_mean
+from utils.surroundings import expanded
 
 _C = CfgNode()
 
@@ -38,6 +39,12 @@ _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.NUM_WORKERS = 8
 # An image that cannot be decoded: error stops the run; skip takes another one and logs the path
 _C.DATA.ON_BAD_IMAGE = "error"
+# Turn and mirror images as their EXIF orientation asks for; False leaves them as they lie in the file, as published
+_C.DATA.UPRIGHT = False
+# An image with more pixels than this counts as bad, lest one file take all of the memory
+_C.DATA.MAX_PIXELS = 178_956_970
+# Value that is white in grey images of more than 8 bits; 0 takes that of 16 bits, and refuses floats and 32 bits
+_C.DATA.WHITE = 0.0
 # Mean and standard deviation of the red, green and blue channel, to normalise with
 _C.DATA.MEAN = [0.485, 0.456, 0.406]
 _C.DATA.STD = [0.229, 0.224, 0.225]
@@ -209,6 +216,7 @@ RANGES = {
     "AUG.COLOR_JITTER": (0, 1), "AUG.CUTMIX": (0, _ANY), "AUG.HFLIP": (0, 1), "AUG.MIXUP": (0, _ANY),
     "AUG.MIXUP_PROB": (0, 1), "AUG.MIXUP_SWITCH_PROB": (0, 1), "AUG.RECOUNT": (1, _ANY), "AUG.REPROB": (0, 1),
     "DATA.BATCH_SIZE": (1, _ANY), "DATA.IMG_SIZE": (1, _ANY), "DATA.NUM_WORKERS": (0, _ANY),
+    "DATA.MAX_PIXELS": (1, _ANY), "DATA.WHITE": (0, _ANY),
     "MODEL.DROP_PATH_RATE": (0, 0.999), "MODEL.DROP_RATE": (0, 0.999), "MODEL.LABEL_SMOOTHING": (0, 0.999),
     "MODEL.NUM_CLASSES": (0, _ANY), "MODEL.CROSSFORMER.EMBED_DIM": (0, _ANY), "PRINT_FREQ": (1, _ANY),
     "SEED": (0, _ANY), "TEST.CROP_PCT": (0.01, 1), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
@@ -231,10 +239,13 @@ NUMBER_LISTS = {
 MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
 """Settings that the state of an optimizer depends on, so that a resumed run may not change them."""
 
+PATHS = ("DATA.CACHE_DIR", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
+"""Settings that name a file or a folder, so that ~ in them is the home folder."""
+
 NO_EFFECT = (
-    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
-    "DATA.ON_BAD_IMAGE", "LOG.WANDB", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT",
-    "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.COMPILE",
+    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.MAX_PIXELS",
+    "DATA.NUM_WORKERS", "DATA.ON_BAD_IMAGE", "LOG.WANDB", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS",
+    "TEST.REPORT", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.COMPILE",
     "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
     "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
     "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
@@ -274,6 +285,7 @@ def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[S
     """
     config = default_config()
     origin: dict[str, str] = {}
+    cfg_file = expanded(cfg_file)
     for key, value, source in [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]:
         _set(config, key, value, source)
         origin[key] = source
@@ -304,7 +316,7 @@ def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting
                 raise UserError(f"BASE ({source}) must be a file name or a list of them")
             for base in [value] if isinstance(value, str) else value:
                 if base:
-                    yield from read_yaml(path_shown.parent / base, (*being_read, path))
+                    yield from read_yaml(path_shown.parent / expanded(base), (*being_read, path))
     yield from (setting for setting in settings if setting[0] != "BASE")
 
 
@@ -334,7 +346,9 @@ def _pairs(opts: list[str]) -> Iterator[Setting]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+            if not isinstance(_lookup(key, "--opts"), str):  # a name may hold anything
+                raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+            value = text
         if key == "BASE":
             raise UserError("BASE belongs in a YAML file; on the command line give the file with --cfg")
         is_text = isinstance(_lookup(key, "--opts"), str) and not isinstance(value, bool)
@@ -359,7 +373,8 @@ def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
-    config[name] = _coerce(key, value, default, source)
+    value = _coerce(key, value, default, source)
+    config[name] = expanded(value) if key in PATHS else value
 
 
 def _coerce(key: str, value: Any, default: Any, source: str) -> Any:

@@ -22,17 +22,21 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from data.decoding import decode, tensor_to_pil
+from data.build import build_decoding
+from data.decoding import decode, read_file, tensor_to_pil
 from data.files import check_is_file, describe_kinds
 from data.files import find_images as images_below
 from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
+from engine.evaluate import build_views, mean_of_probabilities
 from engine.model import giga_macs
 from engine.precision import choose_precision
 from engine.trained import TrainedModel, load_trained
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
 from utils.files import temporary_name
+from utils.names import drawable, font_file, harmless, printable
+from utils.surroundings import a_path, expanded, settle
 
 KEYS = ("class_index", "class", "probability")
 ON_SHEET, COLUMNS, BARS = 60, 8, 5
@@ -65,13 +69,13 @@ def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
 def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Iterator[tuple[dict, torch.Tensor | None]]:
     """What ``--format json`` says of each image, in order, and the pixels that the model saw."""
     config, classes, device = trained.config, trained.classes, torch.device(given.device)
-    precision, transform = choose_precision(config, device), build_eval_transform(config)
-    stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
+    precision, transform, views = choose_precision(config, device), build_eval_transform(config), build_views(config)
+    decoding, stage = build_decoding(config), DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
 
     def prepare(path: Path) -> torch.Tensor | str:
         """As in evaluation; or why that cannot be done."""
         try:
-            return transform(decode(path.read_bytes()))[0]
+            return transform(decode(read_file(path), decoding))[0]
         except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
             return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -82,7 +86,8 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
             images, ready = list(ready), pool.map(prepare, following)  # while the model is at work
             if sound := [image for image in images if not isinstance(image, str)]:
                 with torch.inference_mode(), precision.autocast():
-                    logits = trained.model(stage(torch.stack(sound), [Plan()] * len(sound))).float()
+                    seen = views(stage(torch.stack(sound), [Plan()] * len(sound)))
+                    logits = mean_of_probabilities([trained.model(view).float() for view in seen])
                 best = logits.softmax(1).topk(min(given.top, len(classes)))
                 answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             for file, image in zip(map(str, files), images, strict=True):
@@ -91,11 +96,6 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
                 else:
                     ranked = ((i, classes[i], float(f"{p:.6g}")) for i, p in zip(*next(answers), strict=True))
                     yield {"file": file, "predictions": [dict(zip(KEYS, x, strict=True)) for x in ranked]}, image
-
-
-def printable(text: str) -> str:
-    """In one line: the name of a file or class may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
@@ -107,7 +107,8 @@ def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
     elif form == "csv":
         lines = csv.writer(out, lineterminator="\n")
         lines.writerow(["file", "rank", *KEYS])
-        lines.writerows([file, rank, *p.values()] for file, named in sound for rank, p in enumerate(named, start=1))
+        for file, named in sound:
+            lines.writerows([*map(harmless, (file, rank, *p.values()))] for rank, p in enumerate(named, start=1))
     else:
         for file, named in sound:
             cells = [printable(x) for x in (file, *(f"{p['class']} {100 * p['probability']:.1f} %" for p in named))]
@@ -124,10 +125,10 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
     columns = -(-len(drawn) // rows)
     width, height = SIDE + 2 * PAD, SIDE + (1 + len(drawn[0][0]["predictions"][:BARS])) * LINE + 5 * PAD // 2
     size = columns * (width + PAD) + PAD, rows * (height + PAD) + LINE + 2 * PAD
-    draw, font = ImageDraw.Draw(sheet := Image.new("RGB", size, "#eef1f5")), ImageFont.load_default(size=13)
+    draw, font = ImageDraw.Draw(sheet := Image.new("RGB", size, "#eef1f5")), ImageFont.truetype(font_file(), 12)
 
     def write(x: float, y: int, text: str, room: float, cut: slice = slice(-1)) -> None:
-        shown = text = printable(text)
+        shown = text = drawable(text)
         while draw.textlength(shown, font) > room:
             text = text[cut]
             shown = f"{text}…" if cut.stop else f"…{text}"
@@ -173,16 +174,16 @@ def parse(arguments: list[str]) -> Namespace:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = Parser(prog="predict.py", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
-    flag("images", metavar="IMAGE-OR-FOLDER", nargs="+", type=Path, help="images, or folders with images at any depth")
-    flag("--checkpoint", metavar="FILE", required=True, help="weights: this project's, published ones or timm's")
+    flag("images", metavar="IMAGE-OR-FOLDER", nargs="+", type=a_path, help="images, or folders with them at any depth")
+    flag("--checkpoint", metavar="FILE", type=expanded, required=True, help="this project's, a published one or timm's")
     flag("--format", choices=["table", "csv", "json"], default="table", help="of the output (%(default)s)")
-    flag("--to", metavar="FILE", type=Path, help="write the output there")
+    flag("--to", metavar="FILE", type=a_path, help="write the output there")
     flag("--top", metavar="N", type=int, default=5, help="classes of each image (%(default)s)")
     flag("--batch-size", metavar="N", type=int, default=32, help="images at a time (%(default)s)")
     flag("--image-size", metavar="N", type=int, default=0, help="in pixels; 0 is that of the training")
     flag("--model", metavar="NAME", default="", help="the timm name, for weights that do not tell")
     flag("--device", choices=devices, default=devices[-1], help="of this machine's (%(default)s)")
-    flag("--sheet", metavar="FILE.png", type=Path, help="draw the images with their predictions")
+    flag("--sheet", metavar="FILE.png", type=a_path, help="draw the images with their predictions")
     given = parser.parse_args(arguments)
     if min(given.top, given.batch_size) < 1:
         raise UserError("--top and --batch-size must be at least 1")
@@ -219,10 +220,11 @@ def run(given: Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    settle()
     try:
         return run(parse(arguments))
     except (UserError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

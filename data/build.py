@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from data.dataset import ImageDataset
+from data.decoding import Decoding
 from data.files import describe_left_out
 from data.index import ImageIndex, open_index
 from data.layouts import find_layout, missing
@@ -72,13 +73,19 @@ def build_loaders(config, device: torch.device, training: bool = True) -> Loader
                 "use a smaller --batch-size"
             )
         transform = build_train_transform(config, on_device)
-        dataset = ImageDataset(train_images, transform, config.SEED, config.DATA.ON_BAD_IMAGE == "skip")
+        skip = config.DATA.ON_BAD_IMAGE == "skip"
+        dataset = ImageDataset(train_images, transform, config.SEED, skip, build_decoding(config))
         train = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device))
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
-    dataset = ImageDataset(val_images, build_eval_transform(config), config.SEED, False)
+    dataset = ImageDataset(val_images, build_eval_transform(config), config.SEED, False, build_decoding(config))
     batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE, rank(), world_size())
     stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
     return Loaders(train, EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, stage), classes, on_device)
+
+
+def build_decoding(config) -> Decoding:
+    """How the settings want pixels to be made of a file."""
+    return Decoding(config.DATA.UPRIGHT, config.DATA.MAX_PIXELS, config.DATA.WHITE)
 
 
 Images = ImageIndex | TimmImages

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.decoding import read_file
 from data.files import Entries, describe_kinds, fewer_kinds, find_images, folders_above, is_image, list_folder, type_of
 from data.index import ImageIndex, Layout, Scan
 from utils.errors import UserError
@@ -35,7 +36,7 @@ class FileIndex(ImageIndex):
         return self.root / self.archives[0] / self._folders[self.arrays["labels"][i]] / self.name_in_class(i)
 
     def read(self, i: int) -> bytes:
-        return self.path(i).read_bytes()
+        return read_file(self.path(i))
 
     def name(self, i: int) -> str:
         return str(self.path(i))

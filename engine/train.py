@@ -17,13 +17,14 @@ from data import Loaders, build_loaders, build_mixing, fingerprint
 from data.loading import TrainLoader, naming_dead_workers
 from engine.checkpoints import Checkpoints
 from engine.ema import Ema
-from engine.evaluate import build_views, check_classes, evaluate
+from engine.evaluate import build_views, check_classes, describe_turned, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, bad_batch
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
 from engine.stopping import PATIENCE_SECONDS, Stopped, StopRequest
+from engine.trained import as_ids, named_classes
 from lr_scheduler import Schedule, build_scheduler
 from models import load_weights
 from optimizer import build_optimizer
@@ -235,6 +236,8 @@ def take_steps(
                 stop_for_good(config, state, loader, step_loss, checkpoints, log)
         if save_due:
             save()
+        if state.step == steps_per_epoch and (line := describe_turned(loader, config)):
+            log.message(line)
         if evaluation_due(state.step):
             evaluate_and_save()
             stopwatch.restart()
@@ -317,7 +320,7 @@ def start_or_resume(
         if path:
             lines += resume(config, state, Path(path), loaders, schedule)
         elif config.MODEL.PRETRAINED:
-            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, len(loaders.classes)))
+            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, loaders.classes))
         else:
             lines.append("starting from random weights")
     if path:
@@ -365,16 +368,19 @@ def resume(config, state: TrainState, path: Path, loaders: Loaders, schedule: Sc
     return lines
 
 
-def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str:
+def start_from_pretrained(path: str, state: TrainState, classes: list[str]) -> str:
     """Begin with the weights in ``path``, and a new head where the classes differ; returns a line that says so."""
-    weights = checkpoint.state_dict_of(checkpoint.read(path), path)
+    content = checkpoint.read(path)
+    weights = checkpoint.state_dict_of(content, path)
     loaded = load_weights(state.model, weights, path, allow_new_head=True)
     if state.ema:
         state.ema.set(state.model)
     head = "the head too"
     if loaded.new_head:
         had = f"{loaded.classes_in_file} classes" if loaded.classes_in_file else "no head"
-        head = f"the head is new ({had} in the file, {num_classes} in the data)"
+        head = f"the head is new ({had} in the file, {len(classes)} in the data)"
+    elif (named := named_classes(content, None, path) or classes) and classes not in (named, as_ids(named)):
+        head = "the head too, although its classes are others or in another order"
     return f"starting from {path}: {loaded.matched} weights matched, {head}"
 
 

@@ -16,6 +16,14 @@ from models.weights import classes_in, variant_of
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 
+SAID_BESIDES = {"upright": "DATA.UPRIGHT", "white": "DATA.WHITE", "views": "TEST.VIEWS"}
+"""What an export says of its preparation that timm has no words for, and the setting."""
+PREPARATION = (
+    "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.CROP_PCT",
+    *SAID_BESIDES.values(),
+)  # fmt: skip
+"""The settings that decide what a model sees of an image."""
+
 
 class TrainedModel(NamedTuple):
     """What a checkpoint file holds.
@@ -58,7 +66,7 @@ def load_trained(path: str, device: torch.device, name: str = "", image_size: in
     facts = {key: content[key] for key in ("step", "epoch", "top1", "top5", "loss", "images") if key in content}
     facts["weights"] = "ema" if content.get("ema") else content.get("weights", "model")
     model.to(device, memory_format=torch.channels_last).eval()
-    return TrainedModel(model, config, _classes_of(content, num_classes), facts)
+    return TrainedModel(model, config, in_words(named_classes(content, num_classes, path), num_classes), facts)
 
 
 def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> CfgNode:
@@ -71,7 +79,7 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         settings += [(key, value, path) for key, value in ours if key in known and key != "BASE"]
     elif timms:
         settings.append(("MODEL.NAME", timms["architecture"], path))
-        settings += _preparation_of(timms.get("pretrained_cfg", {}), path)
+        settings += preparation_of(timms, path)
         arguments = timms.get("model_args", {})
         settings += [(f"MODEL.CROSSFORMER.{k}", arguments[a], path) for k, a in ARCHITECTURE.items() if a in arguments]
     else:
@@ -81,7 +89,7 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         if not timm.is_model(found):
             raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
-        settings += _preparation_of(timm.get_pretrained_cfg(found).to_dict(), path)
+        settings += preparation_of({"pretrained_cfg": timm.get_pretrained_cfg(found).to_dict()}, path)
     holds = dict(setting[:2] for setting in settings).get("MODEL.NAME", default_config().MODEL.NAME)
     if name not in ("", holds):
         raise UserError(f"--model {name}: {path} says that it holds {holds}; leave out --model")
@@ -91,25 +99,76 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
     return build_config(flags=settings)
 
 
-def _preparation_of(pretrained_cfg: dict[str, Any], path: str) -> list[tuple[str, Any, str]]:
-    """timm's way to say how images are prepared, as settings."""
+def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str]]:
+    """timm's way to say how images are prepared, as settings, with what an export of ours says besides."""
+    pretrained_cfg, defaults = timms.get("pretrained_cfg", {}), default_config()
+    crop_pct, crop_mode = pretrained_cfg.get("crop_pct", defaults.TEST.CROP_PCT), pretrained_cfg.get("crop_mode")
+    if crop_mode == "border" or (crop_mode == "squash" and crop_pct != 1):
+        raise UserError(f"{path} prepares images with crop_mode {crop_mode} and crop_pct {crop_pct}, unknown here")
     settings = {
         "DATA.IMG_SIZE": pretrained_cfg.get("input_size", (3, 224, 224))[-1],
-        "DATA.MEAN": list(pretrained_cfg.get("mean", default_config().DATA.MEAN)),
-        "DATA.STD": list(pretrained_cfg.get("std", default_config().DATA.STD)),
+        "DATA.MEAN": list(pretrained_cfg.get("mean", defaults.DATA.MEAN)),
+        "DATA.STD": list(pretrained_cfg.get("std", defaults.DATA.STD)),
         "DATA.INTERPOLATION": pretrained_cfg.get("interpolation", "bicubic"),
-        "TEST.CROP_PCT": pretrained_cfg.get("crop_pct", default_config().TEST.CROP_PCT),
+        "TEST.CROP": crop_mode != "squash",
+        "TEST.CROP_PCT": crop_pct,
+        **{key: timms[name] for name, key in SAID_BESIDES.items() if name in timms},
     }
     return [(key, value, path) for key, value in settings.items()]
 
 
-def _classes_of(content: dict, num_classes: int) -> list[str]:
-    """Their names, in words where they are WordNet ids of ImageNet."""
+def prepared_otherwise(content: dict, config: CfgNode, path: str) -> str:
+    """A line that names what of the settings differs from how a checkpoint's images were prepared; else empty."""
+    saved = content.get("config")
+    if isinstance(saved, str):
+        there = flatten(default_config()) | flatten(CfgNode(yaml.safe_load(saved)))
+    else:
+        there = {key: value for key, value, _ in preparation_of(content["timm"], path)} if "timm" in content else {}
+    here = flatten(config)
+    differing = [key for key in PREPARATION if there.get(key, here[key]) != here[key]]
+    differing = [f"{key} {here[key]} (there {there[key]})" for key in differing]
+    return f"images are prepared otherwise than {path} says: {', '.join(differing)}" if differing else ""
+
+
+def named_classes(content: dict, num_classes: int | None, path: str) -> list[str] | None:
+    """The names of a checkpoint's classes as its model counts them: of a run of ours, or the ``label_names`` of timm.
+
+    Raises:
+        UserError: they are not as many as the model has classes, or no names.
+    """
+    timms = content.get("timm", {})
+    names = content.get("classes") or timms.get("label_names") or timms.get("pretrained_cfg", {}).get("label_names")
+    if not names:
+        return None
+    if isinstance(names, dict):  # timm's, where some numbers have no name
+        last = max(int(number) for number in names if str(number).isdigit())
+        names = [names.get(str(i), f"class {i}") for i in range(num_classes or last + 1)]
+    names = [str(name) if isinstance(name, int) else name for name in names] if isinstance(names, list) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: label_names must be a list of names, one for each class; mend its config.json")
+    if num_classes not in (None, len(names)):
+        raise UserError(f"{path} has the names of {len(names):,} classes, but its head has {num_classes:,}; mend them")
+    return names
+
+
+def in_words(names: list[str] | None, num_classes: int) -> list[str]:
+    """The names where there are any, of ImageNet's WordNet ids what they mean."""
     info = ImageNetInfo("imagenet-1k")
-    names = content.get("classes") or content.get("timm", {}).get("label_names")
-    if names and len(names) == num_classes:
+    if names:
         ids = set(info.label_names())
         return [info.label_name_to_description(name) if name in ids else name for name in names]
     if num_classes == info.num_classes():
         return [info.index_to_description(i) for i in range(num_classes)]
     return [f"class {i}" for i in range(num_classes)]
+
+
+def as_ids(names: list[str]) -> list[str] | None:
+    """WordNet ids of ImageNet's classes for their descriptions or ids; None where one is neither, or is ambiguous."""
+    info = ImageNetInfo("imagenet-1k")
+    ids = info.label_names()
+    words = [info.index_to_description(i) for i in range(len(ids))]
+    if names == words:
+        return ids
+    known = {word: name for word, name in zip(words, ids, strict=True) if words.count(word) == 1}
+    known |= {name: name for name in ids}
+    return [known[name] for name in names] if all(name in known for name in names) else None

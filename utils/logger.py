@@ -15,6 +15,7 @@ from utils.distributed import is_main
 from utils.errors import UserError
 from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
 from utils.lock import Lock
+from utils.names import printable
 
 
 class RunLog:
@@ -111,7 +112,7 @@ class RunLog:
 
     def bad_image(self, line: str) -> None:
         """An image was skipped; every rank notes it in ``skipped_images.txt``, rank 0 says it too."""
-        self.append("skipped_images.txt", line)
+        self.append("skipped_images.txt", printable(line))
         if is_main():
             self._say(f"skipped image {line}")
 
@@ -178,6 +179,7 @@ class RunLog:
             self._wandb.finish()
 
     def _say(self, text: str) -> None:
+        text = printable(text)  # the name of a file or class may hold anything
         with suppress(OSError):  # a terminal that was closed is nobody's loss: log.txt has the line
             if self._bar:
                 self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from config import build_config
-from data.build import augments_on_device, build_train_stage, open_images
+from data.build import augments_on_device, build_decoding, build_train_stage, open_images
 from data.dataset import ImageDataset
 from data.decoding import decode
 from data.loading import TrainLoader
@@ -96,7 +96,7 @@ def of_this_loader(config, on_device: bool, device: torch.device, whole: bool = 
     images = open_images(config, training=True)[0]
     batches = TrainBatches(len(images), min(config.DATA.BATCH_SIZE, len(images)), 1, 0, 1, config.SEED)
     on_device = on_device and augments_on_device(config, torch.device("cuda", 0))
-    dataset = ImageDataset(images, build_train_transform(config, on_device), config.SEED, replace_bad=True)
+    dataset = ImageDataset(images, build_train_transform(config, on_device), config.SEED, True, build_decoding(config))
     loader = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device), print)
     batches.last_step = ENDLESS
     if whole or device.type == "cuda":
