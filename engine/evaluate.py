@@ -18,6 +18,7 @@ from engine.model import compile_in_place, giga_macs, is_compiled, prepare_model
 from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
 from engine.report import Report
+from engine.validation import facts_of
 from models import load_weights
 from models.weights import classes_in
 from utils import checkpoint
@@ -28,6 +29,9 @@ from utils.logger import RunLog
 IMAGENET = ImageNetInfo("imagenet-1k").label_names()
 NUMBERS = set(map(str, range(len(IMAGENET))))
 """The WordNet ids of its 1,000 classes, in order, and these numbers as names."""
+
+NAMES = {"model": "", "ema": "the moving average in "}
+"""Weights of a file, in words before its name."""
 
 Views = Callable[[Tensor], list[Tensor]]
 """From images ``(B, 3, H, W)`` to what the model sees of them."""
@@ -122,9 +126,10 @@ def run_evaluation(config, device: torch.device) -> None:
             raise UserError(f"--eval evaluates a checkpoint: give --resume FILE, for example {example}")
         loaders = build_loaders(config, device, training=False)
         content = checkpoint.read(path)
-        candidates = {content.get("weights", "model"): checkpoint.state_dict_of(content, path)}
-        if content.get("ema"):
-            candidates["ema"] = content["ema"]
+        candidates = checkpoint.weights_in(content, path)
+        if config.MODEL.WEIGHTS != "auto":
+            candidates = dict([checkpoint.choose(candidates, config.MODEL.WEIGHTS, path)])
+        content = facts_of(content, path)
         classes, present = number_as_the_model(loaders, content, next(iter(candidates.values())), config.MODEL.NAME)
         model = prepare_model(config, len(classes), device)
         giga_macs(model, config.DATA.IMG_SIZE, device)  # refuses an image size that the model does not take
@@ -142,8 +147,14 @@ def run_evaluation(config, device: torch.device) -> None:
             log.message(f"only the {len(present)} of the model's {len(classes)} classes that the data has are answers")
         for weights, state_dict in candidates.items():
             with agreement():
-                load_weights(model, state_dict, path, allow_new_head=False)
+                loaded = load_weights(model, state_dict, f"{NAMES[weights]}{path}", allow_new_head=False)
+            for line in loaded.notes:
+                log.message(f"{weights} of {path}: {line}")
             result = evaluate(model, loaders.val, precision, views, among, [x for x in (report, real) if x])
+            with agreement():
+                if not math.isfinite(result["loss"]):
+                    where = f"{NAMES[weights]}{path}"
+                    raise UserError(f"{where} gives answers that are not finite; take an earlier one, or try AMP none")
             note = f"{weights} of {path}"
             if real:
                 result |= real.read()

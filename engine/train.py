@@ -240,7 +240,7 @@ def start_or_resume(config, state: TrainState, checkpoints: Checkpoints, loaders
         if path:
             lines += resume(config, state, Path(path), loaders)
         elif config.MODEL.PRETRAINED:
-            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, len(loaders.classes)))
+            lines += start_from_pretrained(config, state, len(loaders.classes))
         else:
             lines.append("starting from random weights")
     return lines
@@ -261,9 +261,11 @@ def resume(config, state: TrainState, path: Path, loaders: Loaders) -> list[str]
     return lines
 
 
-def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str:
-    """Begin with the weights in ``path``, and a new head where the classes differ; returns a line that says so."""
-    weights = checkpoint.state_dict_of(checkpoint.read(path), path)
+def start_from_pretrained(config, state: TrainState, num_classes: int) -> list[str]:
+    """Begin with the weights in a file, and a new head where the classes differ; returns lines that say so."""
+    path = config.MODEL.PRETRAINED
+    found = checkpoint.weights_in(checkpoint.read(path), path)
+    which, weights = checkpoint.choose(found, config.MODEL.WEIGHTS, path)
     loaded = load_weights(state.model, weights, path, allow_new_head=True)
     if state.ema:
         state.ema.set(state.model)
@@ -271,7 +273,8 @@ def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str
     if loaded.new_head:
         had = f"{loaded.classes_in_file} classes" if loaded.classes_in_file else "no head"
         head = f"the head is new ({had} in the file, {num_classes} in the data)"
-    return f"starting from {path}: {loaded.matched} weights matched, {head}"
+    average = ", of the moving average in it" if which == "ema" else ""
+    return [f"starting from {path}{average}: {loaded.matched} weights matched, {head}", *loaded.notes]
 
 
 def describe(config, model: nn.Module, gmac: float, precision: Precision, loaders: Loaders) -> str:
