@@ -466,6 +466,10 @@ def settings_in(dumped: Any, source: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("is not a text of settings")
         found, defaults = dict(_leaves(content)), flatten(_C)
+        misplaced = {key.rpartition(".")[0] for key in defaults} & found.keys()
+        misplaced |= {key.rpartition(".")[0] for key in found} & defaults.keys()
+        if misplaced:
+            raise ValueError(f"has {min(misplaced)} in a form that it cannot have")
         return {key: _coerce(key, found[key], defaults[key], source) for key in defaults if key in found}
     except yaml.YAMLError as error:
         raise UserError(f"{source}: its config is not YAML: {getattr(error, 'problem', None)}") from error
@@ -475,7 +479,7 @@ def settings_in(dumped: Any, source: str) -> dict[str, Any]:
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -13,7 +13,7 @@ from config import build_config, default_config, settings_in
 from engine.validation import describe, facts_of
 from models import build_model, load_weights
 from models.build import ARCHITECTURE
-from models.weights import classes_in, variant_of
+from models.weights import check_size, classes_in, variant_of
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 
@@ -58,6 +58,7 @@ def load_trained(
     num_classes = classes_in(state_dict, config.MODEL.NAME)
     if num_classes is None:
         raise UserError(f"{path} has no head of {config.MODEL.NAME}, so it cannot tell classes apart")
+    check_size(config, num_classes, state_dict, path)
     model = build_model(config, num_classes)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
     facts = {key: known[key] for key in ("step", "epoch", "top1", "top5", "loss", "images") if key in known}

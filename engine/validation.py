@@ -16,6 +16,7 @@ from utils.errors import UserError
 
 REMEDY = "take another checkpoint (previous.pth is an earlier one), or start from its weights with --pretrained"
 MOST_STEPS, MOST_CLASSES = 10**12, 10**6
+LARGEST = {"DATA.IMG_SIZE": 2**13, "MODEL.CROSSFORMER.GROUP_SIZE": 2**10, "MODEL.CROSSFORMER.INTERVAL": 2**10}
 
 
 class Field(NamedTuple):
@@ -72,10 +73,21 @@ def check_fields(content: dict[str, Any], path: str | Path) -> None:
     for name, field in FIELDS.items():
         if name in content and not _holds(field, content[name]):
             fail(path, name, field.expected, content[name])
-    settings_in(content.get("config", ""), str(path))
+    if "config" in content:
+        _check_sizes(settings_in(content["config"], str(path)), path)
     for name, limit in (("evaluated_step", "step"), ("global_batch", "images"), ("epoch", "step")):
         if name in content and limit in content and content[name] > content[limit]:
             fail(path, name, f"at most {limit} {content[limit]:,}", content[name])
+
+
+def _check_sizes(settings: dict[str, Any], path: str | Path) -> None:
+    """Refuse a config whose model would take all of the memory with the smallest of weights."""
+    for key, limit in LARGEST.items():
+        value = settings.get(key, 0)
+        for number in value if isinstance(value, list) else [value]:
+            for one in number if isinstance(number, list) else [number]:
+                if type(one) is not int or one > limit:
+                    fail(path, key, f"whole numbers up to {limit:,}", one)
 
 
 def facts_of(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -167,7 +179,7 @@ def _like(value: Any, parameter: Tensor, kept: Any, seen: set[int], name: str, p
     if not kept.ndim:
         return torch.full_like(kept, float(_count(value, name, path)), device="cpu")
     shape = tuple(parameter.shape)
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or not _is_plain(value):
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or not _are_fractions(value):
         fail(path, name, f"a tensor of shape {shape} of fractions", value)
     value = value.to(kept.dtype)
     if not is_finite(value) or (name.endswith("_sq") and bool((value < 0).any())):
@@ -179,11 +191,8 @@ def _like(value: Any, parameter: Tensor, kept: Any, seen: set[int], name: str, p
     return value
 
 
-def _is_plain(value: Tensor) -> bool:
-    return (
-        value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-        and value.is_floating_point()
-    )  # fmt: skip
+def _are_fractions(value: Tensor) -> bool:
+    return value.layout == torch.strided and value.device.type == "cpu" and value.is_floating_point()
 
 
 def _count(value: Any, name: str, path: str | Path) -> Any:

@@ -4,12 +4,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from models.build import build_model
 from models.crossformer import VARIANTS
 from models.crossformer.network import WRAPPERS
 from utils.errors import UserError
@@ -74,8 +76,9 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *
     if new_head:
         weights = {key: value for key, value in weights.items() if not key.startswith(head)}
         own = {key: value for key, value in own.items() if not key.startswith(head)}
-    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked") and key not in weights}
-    weights |= counters  # that older files do not have
+    buffers = {key for key, _ in model.named_buffers()}
+    counters = {key: own[key] for key in own if key in buffers - weights.keys() and COUNTERS.search(key)}
+    weights |= counters  # not every file has them
     difference = _difference(own, weights)
     if difference:
         raise UserError(f"{source} does not fit the model: {difference}{_advice(weights)}{_keys_of(state_dict, own)}")
@@ -135,6 +138,32 @@ def variant_of(state_dict: dict[str, Tensor]) -> str:
         if name.startswith(family) and shape == (architecture["embed_dim"], list(architecture["depths"])):
             return name
     return ""
+
+
+def check_size(config, num_classes: int, state_dict: dict[str, Tensor], source: str) -> None:
+    """Refuse weights that are far fewer than those of the model that ``config`` describes, before it takes the memory.
+
+    Raises:
+        UserError: they are.
+    """
+    name, settings = config.MODEL.NAME, config.MODEL.CROSSFORMER
+    if name in VARIANTS:
+        depths = list(settings.DEPTHS or VARIANTS[name]["depths"])
+        described, there = (
+            (settings.EMBED_DIM or VARIANTS[name]["embed_dim"], depths),
+            _shape(_unwrapped(state_dict, EMBEDDING)),
+        )
+        if there != described:
+            raise UserError(
+                f"{source} does not fit the model: {name} has embed_dim {described[0]} and depths {described[1]}, its "
+                f"weights have {f'{there[0]} and {there[1]}' if there else 'none'}"
+            )
+        return
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # a model that needs numbers to be built
+        wanted = sum(value.numel() for value in build_model(config, num_classes).state_dict().values())
+        had = sum(value.numel() for value in state_dict.values())
+        if wanted > 2 * had:
+            raise UserError(f"{source} does not fit the model: {name} has {wanted:,} weights, the file {had:,}")
 
 
 def is_finite(value: Tensor) -> bool:
@@ -218,19 +247,16 @@ def _difference(own: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
         there = weights[key]
         if there.shape != value.shape:
             return f"{key} is {tuple(there.shape)} in the file, {tuple(value.shape)} in the model"
-        if there.layout != torch.strided or there.device.type != "cpu" or kind_of(there) != kind_of(value):
+        if kind_of(there) != kind_of(value):
             return f"{key} holds {kind_of(there)} in the file, {kind_of(value)} in the model"
     return ""
 
 
 def kind_of(value: Tensor) -> str:
     """What the numbers of a tensor are, in words."""
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        return "no numbers" if value.is_meta else "quantised numbers" if value.is_quantized else "sparse numbers"
-    kinds = {torch.bool: "truth values"}
-    if value.is_complex():
-        return "complex numbers"
-    return kinds.get(value.dtype, "fractions" if value.is_floating_point() else "whole numbers")
+    if value.dtype == torch.bool:
+        return "truth values"
+    return "complex numbers" if value.is_complex() else "fractions" if value.is_floating_point() else "whole numbers"
 
 
 def _keys_of(state_dict: Iterable[str], own: Iterable[str]) -> str:

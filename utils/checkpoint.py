@@ -234,6 +234,13 @@ def choose(found: dict[str, dict[str, Tensor]], which: str, path: str | Path) ->
     return which, found[which]
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether the file holds all numbers of a tensor: it is not sparse, quantised, or one number said to be many."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def _average_in(places: list[Any]) -> dict[str, Any] | None:
     for place in places:
         for name in EMA_NAMES if isinstance(place, dict) else ():
@@ -255,4 +262,8 @@ def _state_dict(value: dict[Any, Any], path: str | Path) -> dict[str, Tensor]:
             raise DamagedFile(f"{path} is not a checkpoint: its state dict has keys that are not names")
         if not isinstance(item, Tensor) and not key.endswith(NOT_WEIGHTS):
             raise DamagedFile(f"{path} is not a checkpoint: its state dict holds things that are not tensors")
+        if isinstance(item, Tensor) and not is_whole(item):
+            raise UserError(
+                f"{path} cannot be used: its {key[:100]} is not a whole tensor of plain numbers; save it anew"
+            )
     return {key: item for key, item in value.items() if isinstance(item, Tensor)}

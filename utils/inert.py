@@ -28,6 +28,7 @@ OF_TORCH = re.compile(
     r"torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter|torch\.serialization\._get_layout"
 )
 """Names that torch's reader of weights may know itself; it decides."""
+SIMPLE = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.layout)
 LEGACY_PICKLES = 5
 """A file of torch before 1.6 begins with so many: magic number, version, system, the content, names of storages."""
 
@@ -109,6 +110,10 @@ def _arguments(*arguments: Any) -> tuple:
 
 CALLED: dict[str, Any] = {
     "collections.defaultdict": _attributes,
+    "decimal.Decimal": _Text,
+    "builtins.frozenset": _arguments,
+    "builtins.range": _arguments,
+    "builtins.slice": _arguments,
     "types.SimpleNamespace": _attributes,
     "torch.torch_version.TorchVersion": _Text,
     "numpy.dtype": Dtype,
@@ -192,7 +197,7 @@ def plain(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> Any
     if isinstance(value, Dtype):
         return f"numpy.{value.kind}"
     if not isinstance(value, dict | list | tuple | set):
-        return value
+        return value if isinstance(value, SIMPLE) else f"a {getattr(value, '__name__', type(value).__name__)}"
     if id(value) in seen:
         return seen[id(value)]
     if depth > DEEPEST:
