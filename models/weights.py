@@ -186,8 +186,9 @@ def _prefix(state_dict: dict[str, Tensor], own: dict[str, Tensor], source: str) 
             start = key.find(".", start) + 1
             if not start:
                 break
-    if not found:
-        return ""
+    if max(found.values(), default=0) < len(own) / 2:  # the names are others, but a wrapper's prefix is the same
+        wrappers = {WRAPPERS.match(key)[0] for key in state_dict}
+        return wrappers.pop() if len(wrappers) == 1 else ""
     most = [prefix for prefix, count in found.items() if count == max(found.values())]
     likely = [prefix for prefix in most if WRAPPERS.fullmatch(prefix)] or most
     if len(likely) > 1 and "" not in likely:
