@@ -5,6 +5,7 @@ store what the file says: known kinds of values one each, objects of other packa
 Whatever would be *called* when the file is opened, or comes from the parts of Python that can do harm, is refused.
 """
 
+import io
 import pickletools
 import re
 import sys
@@ -164,8 +165,7 @@ def _names_in(path: str | Path) -> set[str]:
             names: set[str] = set()
             for entry in archive.namelist():
                 if entry.rpartition("/")[2] == "data.pkl":
-                    with archive.open(entry) as file:
-                        names |= _globals(file)
+                    names |= _globals(io.BytesIO(archive.read(entry)))
             return names
     with open(path, "rb") as file:
         return set().union(*(_globals(file) for _ in range(LEGACY_PICKLES)))
