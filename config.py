@@ -58,6 +58,8 @@ _C.MODEL.NUM_CLASSES = 0
 _C.MODEL.RESUME = ""
 # Checkpoint whose weights to start from; the head is new when the number of classes differs
 _C.MODEL.PRETRAINED = ""
+# Which weights of PRETRAINED: model | ema | auto (the moving average where there is one); with --eval: auto takes both
+_C.MODEL.WEIGHTS = "auto"
 # Dropout before the head
 _C.MODEL.DROP_RATE = 0.0
 # Stochastic depth of the last block; it grows linearly from 0 at the first
@@ -204,6 +206,7 @@ CHOICES = {
     "DATA.FORMAT": ("auto", "folder", "tar", "zip", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
+    "MODEL.WEIGHTS": ("auto", "model", "ema"),
     "TEST.VIEWS": ("none", "flip", "five_crop"),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
@@ -244,9 +247,9 @@ PATHS = ("DATA.CACHE_DIR", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME",
 
 NO_EFFECT = (
     "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.MAX_PIXELS",
-    "DATA.NUM_WORKERS", "DATA.ON_BAD_IMAGE", "LOG.WANDB", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS",
-    "TEST.REPORT", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.COMPILE",
-    "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
+    "DATA.NUM_WORKERS", "DATA.ON_BAD_IMAGE", "LOG.WANDB", "MODEL.WEIGHTS", "OUTPUT", "PRINT_FREQ", "TAG",
+    "TEST.REAL_LABELS", "TEST.REPORT", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME",
+    "TRAIN.COMPILE", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
     "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
     "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
 )  # fmt: skip
@@ -397,7 +400,7 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     choices = f" ({' | '.join(CHOICES[key])})" if key in CHOICES else ""
     example = f", for example {default}" if default not in ("", [], False) and not choices else ""
-    raise UserError(f"{key} must be {wanted[type(default)]}{choices}{example}, not {value!r} ({source})")
+    raise UserError(f"{key} must be {wanted[type(default)]}{choices}{example}, not {value!r:.100} ({source})")
 
 
 def get(config: CfgNode, key: str) -> Any:
@@ -458,15 +461,56 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
             fail(key, "must name a folder below OUTPUT" if key != "OUTPUT" else "must name a folder")
 
 
+LONGEST_DUMP, LONGEST_NUMBER, DEEPEST_DUMP = 2**20, 3500, 10
+
+
+def settings_in(dumped: Any, source: str) -> dict[str, Any]:
+    """The settings in a config that was dumped into a file, as ``SECTION.KEY``; those that are not known are left out.
+
+    Raises:
+        UserError: it is no such text. One that would unfold to more than it says, by YAML's aliases, is not read.
+    """
+    try:
+        if not isinstance(dumped, str) or len(dumped) > LONGEST_DUMP:
+            raise ValueError("is not a text of settings")
+        depth = 0
+        for event in yaml.parse(dumped, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if getattr(event, "anchor", None) is not None or depth > DEEPEST_DUMP:
+                raise ValueError("has YAML aliases or is nested without end")
+            if isinstance(event, yaml.ScalarEvent) and not event.style and len(event.value) > LONGEST_NUMBER:
+                raise ValueError("has a number without end")
+        content = yaml.load(dumped, Loader=yaml.SafeLoader)
+        if not isinstance(content, dict):
+            raise ValueError("is not a text of settings")
+        found, defaults = dict(_leaves(content)), flatten(_C)
+        misplaced = {key.rpartition(".")[0] for key in defaults} & found.keys()
+        misplaced |= {key.rpartition(".")[0] for key in found} & defaults.keys()
+        if misplaced:
+            raise ValueError(f"has {min(misplaced)} in a form that it cannot have")
+        return {key: _coerce(key, found[key], defaults[key], source) for key in defaults if key in found}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: its config is not YAML: {getattr(error, 'problem', None)}") from error
+    except (ValueError, TypeError, OverflowError) as error:  # a number, date or key that there is not
+        raise UserError(f"{source}: its config {next(iter(str(error).splitlines()), 'is wrong')}") from error
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:
     """The settings that may change what a run computes and differ from a dumped config: key, value there, here.
 
-    A setting that one of them does not know is at its default there, or None if it has none.
+    A setting that the dump does not know is at its default there.
     """
-    default = flatten(_C)
-    before, now = default | flatten(CfgNode(yaml.safe_load(dumped))), default | flatten(config)
-    keys = [key for key in {**now, **before} if key not in (*NO_EFFECT, "BASE")]
-    differing = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    before, now = flatten(_C) | settings_in(dumped, "the checkpoint"), flatten(config)
+    keys = [key for key in now if key not in (*NO_EFFECT, "BASE")]
+    differing = [(key, before[key], now[key]) for key in keys if before[key] != now[key]]
     return [(key, there, here) for key, there, here in differing if here or key not in STARTED_FROM]
 
 

@@ -182,6 +182,7 @@ def parse(arguments: list[str]) -> Namespace:
     flag("--batch-size", metavar="N", type=int, default=32, help="images at a time (%(default)s)")
     flag("--image-size", metavar="N", type=int, default=0, help="in pixels; 0 is that of the training")
     flag("--model", metavar="NAME", default="", help="the timm name, for weights that do not tell")
+    flag("--weights", choices=["auto", "model", "ema"], default="auto", help="auto: the moving average if there is one")
     flag("--device", choices=devices, default=devices[-1], help="of this machine's (%(default)s)")
     flag("--sheet", metavar="FILE.png", type=a_path, help="draw the images with their predictions")
     given = parser.parse_args(arguments)
@@ -195,7 +196,9 @@ def run(given: Namespace) -> int:
     records, drawn, screen = [], [], Console(stderr=True)
     for path in filter(None, (given.to, given.sheet)):
         write_file(path, None)  # after an hour it would be late to find out
-    trained = load_trained(given.checkpoint, device, given.model, given.image_size)
+    trained = load_trained(given.checkpoint, device, given.model, given.image_size, given.weights)
+    for line in trained.notes:
+        screen.print(Text(printable(line)), soft_wrap=True)
     name = trained.config.MODEL.NAME
     giga_macs(trained.model, trained.config.DATA.IMG_SIZE, device)  # refuses a size that the model does not take
     answers = predict(trained, paths, given)

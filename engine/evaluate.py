@@ -19,6 +19,7 @@ from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
 from engine.report import Report
 from engine.trained import as_ids, named_classes, prepared_otherwise
+from engine.validation import facts_of
 from models import load_weights
 from models.weights import classes_in
 from utils import checkpoint
@@ -29,6 +30,9 @@ from utils.logger import RunLog
 IMAGENET = ImageNetInfo("imagenet-1k").label_names()
 NUMBERS = set(map(str, range(len(IMAGENET))))
 """The WordNet ids of its 1,000 classes, in order, and these numbers as names."""
+
+NAMES = {"model": "", "ema": "the moving average in "}
+"""Weights of a file, in words before its name."""
 
 Views = Callable[[Tensor], list[Tensor]]
 """From images ``(B, 3, H, W)`` to what the model sees of them."""
@@ -123,9 +127,10 @@ def run_evaluation(config, device: torch.device) -> None:
             raise UserError(f"--eval evaluates a checkpoint: give --resume FILE, for example {example}")
         loaders = build_loaders(config, device, training=False)
         content = checkpoint.read(path)
-        candidates = {content.get("weights", "model"): checkpoint.state_dict_of(content, path)}
-        if content.get("ema"):
-            candidates["ema"] = content["ema"]
+        candidates = checkpoint.weights_in(content, path)
+        if config.MODEL.WEIGHTS != "auto":
+            candidates = dict([checkpoint.choose(candidates, config.MODEL.WEIGHTS, path)])
+        facts = facts_of(content, path)
         weights = next(iter(candidates.values()))
         classes, present = number_as_the_model(loaders, content, weights, config.MODEL.NAME, path)
         model = prepare_model(config, len(classes), device)
@@ -151,14 +156,20 @@ def run_evaluation(config, device: torch.device) -> None:
         turned = ""
         for weights, state_dict in candidates.items():
             with agreement():
-                load_weights(model, state_dict, path, allow_new_head=False)
+                loaded = load_weights(model, state_dict, f"{NAMES[weights]}{path}", allow_new_head=False)
+            for line in loaded.notes:
+                log.message(f"{weights} of {path}: {line}")
             result = evaluate(model, loaders.val, precision, views, among, [x for x in (report, real) if x])
+            with agreement():
+                if not math.isfinite(result["loss"]):
+                    where = f"{NAMES[weights]}{path}"
+                    raise UserError(f"{where} gives answers that are not finite; take an earlier one, or try AMP none")
             turned = turned or describe_turned(loaders.val, config)  # the first pass over the images has told it
             note = f"{weights} of {path}"
             if real:
                 result |= real.read()
                 note = f"{describe_real(result)}  {note}"
-            values = {"step": content.get("step"), "epoch": content.get("epoch"), "weights": weights, **result}
+            values = {"step": facts.get("step"), "epoch": facts.get("epoch"), "weights": weights, **result}
             log.evaluation(values, note, checkpoint=path)
             if report:
                 log.message(report.write(output_dir(config) / f"report_{weights}"))

@@ -320,7 +320,7 @@ def start_or_resume(
         if path:
             lines += resume(config, state, Path(path), loaders, schedule)
         elif config.MODEL.PRETRAINED:
-            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, loaders.classes))
+            lines += start_from_pretrained(config, state, loaders.classes)
         else:
             lines.append("starting from random weights")
     if path:
@@ -368,10 +368,11 @@ def resume(config, state: TrainState, path: Path, loaders: Loaders, schedule: Sc
     return lines
 
 
-def start_from_pretrained(path: str, state: TrainState, classes: list[str]) -> str:
-    """Begin with the weights in ``path``, and a new head where the classes differ; returns a line that says so."""
+def start_from_pretrained(config, state: TrainState, classes: list[str]) -> list[str]:
+    """Begin with the weights in a file, and a new head where the classes differ; returns lines that say so."""
+    path = config.MODEL.PRETRAINED
     content = checkpoint.read(path)
-    weights = checkpoint.state_dict_of(content, path)
+    which, weights = checkpoint.choose(checkpoint.weights_in(content, path), config.MODEL.WEIGHTS, path)
     loaded = load_weights(state.model, weights, path, allow_new_head=True)
     if state.ema:
         state.ema.set(state.model)
@@ -381,7 +382,8 @@ def start_from_pretrained(path: str, state: TrainState, classes: list[str]) -> s
         head = f"the head is new ({had} in the file, {len(classes)} in the data)"
     elif (named := named_classes(content, None, path) or classes) and classes not in (named, as_ids(named)):
         head = "the head too, although its classes are others or in another order"
-    return f"starting from {path}: {loaded.matched} weights matched, {head}"
+    average = ", of the moving average in it" if which == "ema" else ""
+    return [f"starting from {path}{average}: {loaded.matched} weights matched, {head}", *loaded.notes]
 
 
 def describe(config, model: nn.Module, gmac: float, precision: Precision, loaders: Loaders) -> str:

@@ -1,18 +1,19 @@
 """A trained model from a file: the architecture, the weights, the names of the classes, and how to prepare an image."""
 
+import os
 from typing import Any, NamedTuple
 
 import timm
 import torch
-import yaml
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import build_config, default_config, flatten
+from config import build_config, default_config, flatten, settings_in
+from engine.validation import describe, facts_of
 from models import build_model, load_weights
 from models.build import ARCHITECTURE
-from models.weights import classes_in, variant_of
+from models.weights import check_size, classes_in, variant_of
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 
@@ -33,54 +34,58 @@ class TrainedModel(NamedTuple):
         config: the settings that it was trained with as far as the file says, else the defaults.
         classes: their names as the model counts them.
         facts: ``step``, ``epoch``, ``top1``, ``top5``, ``weights`` ... as far as the file says.
+        notes: in words, what was done to the file's keys and which of them are not used.
     """
 
     model: nn.Module
     config: CfgNode
     classes: list[str]
     facts: dict[str, Any]
+    notes: list[str]
 
 
-def load_trained(path: str, device: torch.device, name: str = "", image_size: int = 0) -> TrainedModel:
+def load_trained(
+    path: str, device: torch.device, name: str = "", image_size: int = 0, weights: str = "auto"
+) -> TrainedModel:
     """The model in a checkpoint: one of ours, a published one, plain weights, or a folder that timm has written.
-
-    The moving average is taken where there is one.
 
     Args:
         path: a ``.pth`` or ``.safetensors`` file, or a folder with ``config.json`` and ``model.safetensors``.
         device: where the model goes.
         name: the timm name, for weights that do not say of which network they are.
         image_size: in place of the one that it was trained with; 0 keeps that.
+        weights: ``model``, ``ema`` (their moving average), or ``auto``, the average where there is one.
 
     Raises:
         UserError: the file cannot be read, or fits no model that is known.
     """
     content = checkpoint.read(path)
-    weights = content.get("ema") or checkpoint.state_dict_of(content, path)
-    config = _config_of(content, weights, path, name, image_size)
-    num_classes = classes_in(weights, config.MODEL.NAME)
+    which, state_dict = checkpoint.choose(checkpoint.weights_in(content, path), weights, path)
+    known = facts_of(content, path)
+    config = _config_of(content, state_dict, path, name, image_size)
+    num_classes = classes_in(state_dict, config.MODEL.NAME)
     if num_classes is None:
         raise UserError(f"{path} has no head of {config.MODEL.NAME}, so it cannot tell classes apart")
+    check_size(config, num_classes, state_dict, path)
     model = build_model(config, num_classes)
-    load_weights(model, weights, path, allow_new_head=False)
-    facts = {key: content[key] for key in ("step", "epoch", "top1", "top5", "loss", "images") if key in content}
-    facts["weights"] = "ema" if content.get("ema") else content.get("weights", "model")
+    loaded = load_weights(model, state_dict, path, allow_new_head=False)
+    facts = {key: known[key] for key in ("step", "epoch", "top1", "top5", "loss", "images") if key in known}
+    facts["weights"] = which
     model.to(device, memory_format=torch.channels_last).eval()
-    return TrainedModel(model, config, in_words(named_classes(content, num_classes, path), num_classes), facts)
+    classes = in_words(named_classes(content, num_classes, path), num_classes)
+    return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
 
 
 def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> CfgNode:
     saved = content.get("config")
-    timms = content.get("timm", {})
+    timms = content["timm"] if os.path.isdir(path) else {}
     settings: list[tuple[str, Any, str]] = []
     if isinstance(saved, str):  # ours; a published checkpoint's is a dict with settings of its own
-        known = flatten(default_config())
-        ours = flatten(CfgNode(yaml.safe_load(saved))).items()
-        settings += [(key, value, path) for key, value in ours if key in known and key != "BASE"]
+        settings += [(key, value, path) for key, value in settings_in(saved, path).items() if key != "BASE"]
     elif timms:
         settings.append(("MODEL.NAME", timms["architecture"], path))
         settings += preparation_of(timms, path)
-        arguments = timms.get("model_args", {})
+        arguments = _dict_in(timms, "model_args")
         settings += [(f"MODEL.CROSSFORMER.{k}", arguments[a], path) for k, a in ARCHITECTURE.items() if a in arguments]
     else:
         found = name or variant_of(weights)
@@ -99,16 +104,24 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
     return build_config(flags=settings)
 
 
+def _dict_in(timms: dict[str, Any], name: str) -> dict[str, Any]:
+    value = timms.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str]]:
     """timm's way to say how images are prepared, as settings, with what an export of ours says besides."""
-    pretrained_cfg, defaults = timms.get("pretrained_cfg", {}), default_config()
+    pretrained_cfg, defaults = _dict_in(timms, "pretrained_cfg"), default_config()
+    size = pretrained_cfg.get("input_size", (3, 224, 224))
+    if not isinstance(size, list | tuple) or not size:
+        raise UserError(f"{path}: its input_size is {describe(size)}, expected channels, height and width")
     crop_pct, crop_mode = pretrained_cfg.get("crop_pct", defaults.TEST.CROP_PCT), pretrained_cfg.get("crop_mode")
     if crop_mode == "border" or (crop_mode == "squash" and crop_pct != 1):
         raise UserError(f"{path} prepares images with crop_mode {crop_mode} and crop_pct {crop_pct}, unknown here")
     settings = {
-        "DATA.IMG_SIZE": pretrained_cfg.get("input_size", (3, 224, 224))[-1],
-        "DATA.MEAN": list(pretrained_cfg.get("mean", defaults.DATA.MEAN)),
-        "DATA.STD": list(pretrained_cfg.get("std", defaults.DATA.STD)),
+        "DATA.IMG_SIZE": size[-1],
+        "DATA.MEAN": pretrained_cfg.get("mean", defaults.DATA.MEAN),
+        "DATA.STD": pretrained_cfg.get("std", defaults.DATA.STD),
         "DATA.INTERPOLATION": pretrained_cfg.get("interpolation", "bicubic"),
         "TEST.CROP": crop_mode != "squash",
         "TEST.CROP_PCT": crop_pct,
@@ -119,11 +132,11 @@ def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str
 
 def prepared_otherwise(content: dict, config: CfgNode, path: str) -> str:
     """A line that names what of the settings differs from how a checkpoint's images were prepared; else empty."""
-    saved = content.get("config")
+    saved, there = content.get("config"), {}
     if isinstance(saved, str):
-        there = flatten(default_config()) | flatten(CfgNode(yaml.safe_load(saved)))
-    else:
-        there = {key: value for key, value, _ in preparation_of(content["timm"], path)} if "timm" in content else {}
+        there = flatten(default_config()) | settings_in(saved, path)
+    elif os.path.isdir(path):
+        there = {key: value for key, value, _ in preparation_of(content["timm"], path)}
     here = flatten(config)
     differing = [key for key in PREPARATION if there.get(key, here[key]) != here[key]]
     differing = [f"{key} {here[key]} (there {there[key]})" for key in differing]
@@ -136,13 +149,15 @@ def named_classes(content: dict, num_classes: int | None, path: str) -> list[str
     Raises:
         UserError: they are not as many as the model has classes, or no names.
     """
-    timms = content.get("timm", {})
-    names = content.get("classes") or timms.get("label_names") or timms.get("pretrained_cfg", {}).get("label_names")
+    timms = content["timm"] if os.path.isdir(path) else {}
+    names = facts_of(content, path).get("classes") or timms.get("label_names")
+    names = names or _dict_in(timms, "pretrained_cfg").get("label_names")
     if not names:
         return None
     if isinstance(names, dict):  # timm's, where some numbers have no name
-        last = max(int(number) for number in names if str(number).isdigit())
-        names = [names.get(str(i), f"class {i}") for i in range(num_classes or last + 1)]
+        numbers = [int(number) for number in names if str(number).isdecimal() and len(str(number)) < 7]
+        count = num_classes or max(numbers, default=0) + 1
+        names = [names.get(str(i), f"class {i}") for i in range(count)]
     names = [str(name) if isinstance(name, int) else name for name in names] if isinstance(names, list) else [None]
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: label_names must be a list of names, one for each class; mend its config.json")

@@ -25,11 +25,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
-from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import PATHS, default_config, flatten, get
+from config import PATHS, default_config, flatten, get, settings_in
 from engine.trained import SAID_BESIDES, TrainedModel, load_trained
 from models import build_model
 from models.build import ARCHITECTURE
@@ -158,8 +157,8 @@ def run_settings(path: str) -> str:
     saved, defaults = checkpoint.read(path).get("config"), flatten(default_config())
     if not isinstance(saved, str):
         return "# the checkpoint does not name them\n"
-    settings = flatten(CfgNode(yaml.safe_load(saved)))
-    differing = {k: v for k, v in settings.items() if k in defaults and k not in PATHS and v != defaults[k]}
+    settings = settings_in(saved, path)
+    differing = {k: v for k, v in settings.items() if k not in PATHS and v != defaults[k]}
     return yaml.safe_dump(differing, sort_keys=False)
 
 
@@ -223,6 +222,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", metavar="N", type=int, nargs="+", help="or height and width; that of the run")
     parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not of 1 alone")
     parser.add_argument("--model", metavar="NAME", default="", help="timm name, for weights that do not say theirs")
+    which = ["auto", "model", "ema"]
+    parser.add_argument("--weights", choices=which, default="auto", help="auto: the moving average if there is one")
     given = parser.parse_args(arguments)
     if given.image_size and (len(given.image_size) > 2 or min(given.image_size) < MIN_IMAGE_SIZE):
         parser.error(f"--image-size takes one number or two, each at least {MIN_IMAGE_SIZE}")
@@ -244,7 +245,8 @@ def may_replace(target: Path, as_folder: bool) -> bool:
 def export(arguments: list[str]) -> None:
     given = parse(arguments)
     file, suffix, as_folder = given.checkpoint, SUFFIXES[given.format], given.format == "hf"
-    trained = load_trained(str(file), torch.device("cpu"), given.model)
+    trained = load_trained(str(file), torch.device("cpu"), given.model, weights=given.weights)
+    print(*trained.notes, sep="\n", end="\n" * bool(trained.notes))
     trained.model.to(memory_format=torch.contiguous_format)
     torch.manual_seed(0)
     size = ((given.image_size or [trained.config.DATA.IMG_SIZE]) * 2)[:2]

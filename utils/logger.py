@@ -17,6 +17,9 @@ from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
 from utils.lock import Lock
 from utils.names import printable
 
+GROWING = ("log.txt", "metrics.jsonl", "skipped_images.txt", "tensorboard")
+"""The files of a results folder that lines are added to."""
+
 
 class RunLog:
     """The log of one run; only rank 0 writes it.
@@ -82,7 +85,7 @@ class RunLog:
             purge_step = min(first_step + 1, lost_from)
             self._growing["tensorboard"] = EventFile(folder / "tensorboard", purge_step, self.unwritten)
         for name, records in (owed or {}).items():
-            self._growing[name].add(records.encode("latin-1"))
+            self._growing.setdefault(name, Appender(folder / name, self.unwritten)).add(records.encode("latin-1"))
         if mode == "train":
             for values in lines:
                 if values["step"] >= purge_step and "checkpoint" not in values:
