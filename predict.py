@@ -26,7 +26,7 @@ from data.decoding import decode, tensor_to_pil
 from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
-from engine.model import giga_macs
+from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.trained import TrainedModel, load_trained
 from utils.errors import Parser, UserError
@@ -124,9 +124,10 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
         x, y = number % columns * (width + PAD) + 2 * PAD, number // columns * (height + PAD) + LINE + 3 * PAD
         draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white")
         write(x, y - 2, "/".join(Path(record["file"]).parts[-2:]), SIDE, cut=slice(1, None))
-        shown = image.shape[-1] * (SIDE // image.shape[-1]) or SIDE
-        scaling = Image.Resampling.NEAREST if image.shape[-1] <= SIDE else Image.Resampling.LANCZOS
-        sheet.paste(tensor_to_pil(image).resize((shown, shown), scaling), (x + (SIDE - shown) // 2, y + LINE))
+        picture, larger = tensor_to_pil(image), max(image.shape[1:])
+        scaling = Image.Resampling.NEAREST if larger <= SIDE else Image.Resampling.LANCZOS
+        shown = [round(side * (SIDE // larger or SIDE / larger)) for side in picture.size]
+        sheet.paste(picture.resize(shown, scaling), (x + (SIDE - shown[0]) // 2, y + LINE))
         y += LINE + SIDE + PAD // 2
         for top, p in zip(range(y, y + BARS * LINE, LINE), record["predictions"], strict=False):
             for share, colour in ((1, "#f1f4f8"), (p["probability"], "#8ec5f4" if top == y else "#d3e6f8")):
@@ -182,7 +183,7 @@ def run(given: Namespace) -> int:
         write_file(path, None)  # after an hour it would be late to find out
     trained = load_trained(given.checkpoint, device, given.model, given.image_size)
     name = trained.config.MODEL.NAME
-    giga_macs(trained.model, trained.config.DATA.IMG_SIZE, device)  # refuses a size that the model does not take
+    check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
     answers = predict(trained, paths, given)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)

@@ -19,17 +19,27 @@ from engine.checkpoints import Checkpoints
 from engine.ema import Ema
 from engine.evaluate import build_views, check_classes, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
-from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
+from engine.model import (
+    begin_step,
+    check_smallest_batch,
+    compile_in_place,
+    describe_gmac,
+    giga_macs,
+    prepare_model,
+    set_training_mode,
+    share_gradients,
+)
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, write_bad_batch
 from engine.state import TrainState, check_resumable, step_after
 from engine.stopping import StopRequest
 from lr_scheduler import Schedule, build_scheduler
-from models import load_weights
+from models import left_out, load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
 from utils.distributed import AgreedError, agreement, from_main, is_main, rank, sum_over_ranks, world_size
 from utils.errors import UserError
+from utils.image_size import height_and_width
 from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
 from utils.randomness import seed_everything
@@ -44,6 +54,7 @@ def train(config, device: torch.device) -> None:
         precision = choose_precision(config, device)
         model = prepare_model(config, len(loaders.classes), device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
+        check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
         mix = build_mixing(config, len(loaders.classes))
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
         schedule = build_scheduler(config, steps_per_epoch, global_batch)
@@ -59,7 +70,7 @@ def train(config, device: torch.device) -> None:
         )
     with log:
         log.message(describe(config, model, gmac, precision, loaders))
-        for line in started_from:
+        for line in [*left_out(config), *started_from]:
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
@@ -178,11 +189,12 @@ def parts_of_a_batch(config, model: nn.Module, precision: Precision) -> int:
     """Into how many parts TRAIN.AUTO_MICRO_BATCH cuts a micro-batch, tried out on an empty one."""
     if not config.TRAIN.AUTO_MICRO_BATCH:
         return 1
-    criterion, size = build_criterion(config, soft_targets=False), config.DATA.IMG_SIZE
+    criterion, size = build_criterion(config, soft_targets=False), height_and_width(config.DATA.IMG_SIZE)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # BatchNorm must not take note of it
 
     def train_on(count: int) -> None:
-        images = torch.zeros(count, 3, size, size, device=precision.device)
+        check_smallest_batch(config, model, count)
+        images = torch.zeros(count, 3, *size, device=precision.device)
         targets = torch.zeros(count, dtype=torch.long, device=precision.device)
         try:
             with precision.autocast():
@@ -281,7 +293,7 @@ def describe(config, model: nn.Module, gmac: float, precision: Precision, loader
     parameters = sum(p.numel() for p in model.parameters())
     images, classes = len(loaders.train.dataset), len(loaders.classes)
     return (
-        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {gmac:.3g} GMAC at {config.DATA.IMG_SIZE}  "
+        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {describe_gmac(gmac, config.DATA.IMG_SIZE)}  "
         f"{precision.name}  {world_size()} x {name}  global batch {loaders.train.global_batch:,}  "
         f"{images:,} images of {classes:,} classes  "
         f"augmented {'on the GPU' if loaders.augments_on_device else 'by the loader processes'}  "

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from config import build_config, default_config, flatten
 from models import build_model, load_weights
-from models.build import ARCHITECTURE
+from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.weights import classes_in, variant_of
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
@@ -74,6 +74,8 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         settings += _preparation_of(timms.get("pretrained_cfg", {}), path)
         arguments = timms.get("model_args", {})
         settings += [(f"MODEL.CROSSFORMER.{k}", arguments[a], path) for k, a in ARCHITECTURE.items() if a in arguments]
+        others = arguments.keys() - ARCHITECTURE.values() - NOT_FOR_KWARGS.keys()
+        settings.append(("MODEL.KWARGS", {argument: arguments[argument] for argument in sorted(others)}, path))
     else:
         found = name or variant_of(weights)
         if not found:
@@ -94,7 +96,7 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
 def _preparation_of(pretrained_cfg: dict[str, Any], path: str) -> list[tuple[str, Any, str]]:
     """timm's way to say how images are prepared, as settings."""
     settings = {
-        "DATA.IMG_SIZE": pretrained_cfg.get("input_size", (3, 224, 224))[-1],
+        "DATA.IMG_SIZE": pretrained_cfg.get("input_size", (3, 224, 224))[1:],
         "DATA.MEAN": list(pretrained_cfg.get("mean", default_config().DATA.MEAN)),
         "DATA.STD": list(pretrained_cfg.get("std", default_config().DATA.STD)),
         "DATA.INTERPOLATION": pretrained_cfg.get("interpolation", "bicubic"),

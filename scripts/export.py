@@ -36,6 +36,7 @@ from models.build import ARCHITECTURE
 from models.crossformer.embedding import MIN_IMAGE_SIZE
 from utils import checkpoint
 from utils.errors import Parser, UserError
+from utils.image_size import height_and_width
 
 TOLERANCE = 1e-4
 OPSET = 20
@@ -222,7 +223,7 @@ def export(arguments: list[str]) -> None:
     trained = load_trained(str(file), torch.device("cpu"), given.model)
     trained.model.to(memory_format=torch.contiguous_format)
     torch.manual_seed(0)
-    size = ((given.image_size or [trained.config.DATA.IMG_SIZE]) * 2)[:2]
+    size = (given.image_size * 2)[:2] if given.image_size else height_and_width(trained.config.DATA.IMG_SIZE)
     any_batch = given.dynamic_batch or given.format not in GRAPHS
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
     source = Source(trained, str(file), torch.randn(2 if any_batch else 1, 3, *size), shapes)
