@@ -15,7 +15,15 @@ from yacs.config import CfgNode
 from utils.errors import UserError, did_you_mean
 from utils.surroundings import expanded
 
-_C = CfgNode()
+
+class Config(CfgNode):
+    """All settings."""
+
+    notes: tuple[str, ...] = ()
+    """What :func:`build_config` has left out and why, a line each."""
+
+
+_C = Config()
 
 # YAML files to read first (paths relative to this file)
 _C.BASE = []
@@ -31,7 +39,7 @@ _C.DATA.CACHE_DIR = ""
 _C.DATA.CACHE_MODE = "no"
 # Images of one process in one micro-batch
 _C.DATA.BATCH_SIZE = 128
-# Height and width of the images that the model sees
+# Height and width of the images that the model sees: one number for squares, or [height, width]
 _C.DATA.IMG_SIZE = 224
 # bicubic | bilinear | nearest
 _C.DATA.INTERPOLATION = "bicubic"
@@ -60,12 +68,15 @@ _C.MODEL.RESUME = ""
 _C.MODEL.PRETRAINED = ""
 # Which weights of PRETRAINED: model | ema | auto (the moving average where there is one); with --eval: auto takes both
 _C.MODEL.WEIGHTS = "auto"
-# Dropout before the head
-_C.MODEL.DROP_RATE = 0.0
-# Stochastic depth of the last block; it grows linearly from 0 at the first
-_C.MODEL.DROP_PATH_RATE = 0.2
+# Dropout before the head; -1 takes the model's own, which is 0 for a CrossFormer
+_C.MODEL.DROP_RATE = -1.0
+# Stochastic depth of the last block; it grows linearly from 0 at the first. -1 takes what was published with a
+# CrossFormer, and for other models 0.2 where they have it
+_C.MODEL.DROP_PATH_RATE = -1.0
 # Share of the target spread over all classes
 _C.MODEL.LABEL_SMOOTHING = 0.1
+# Other arguments of the model as timm.create_model takes them, for example {img_size: 256}
+_C.MODEL.KWARGS = CfgNode()
 
 # What differs from the variant MODEL.NAME; 0 or [] keeps the variant's own
 _C.MODEL.CROSSFORMER = CfgNode()
@@ -214,6 +225,9 @@ CHOICES = {
     "TRAIN.USE_CHECKPOINT": ("none", "selective", "full"),
 }
 
+DICTS = ("MODEL.KWARGS",)
+"""Settings that are a dict, with names that are not ours."""
+
 _ANY = float("inf")
 RANGES = {
     "AUG.COLOR_JITTER": (0, 1), "AUG.CUTMIX": (0, _ANY), "AUG.HFLIP": (0, 1), "AUG.MIXUP": (0, _ANY),
@@ -258,11 +272,20 @@ NO_EFFECT = (
 STARTED_FROM = ("MODEL.PRETRAINED", "MODEL.RESUME")
 """Settings that a resumed run may leave out, for it has begun, but not give another value."""
 
+NOT_ASKED_FOR = -1.0
+"""The value of a rate that is left to the model."""
+LEFT_TO_THE_MODEL = ("MODEL.DROP_PATH_RATE", "MODEL.DROP_RATE")
+
+PUBLISHED_DROP_PATH_RATES = {
+    "crossformer_tiny": 0.1, "crossformer_small": 0.2, "crossformer_base": 0.3, "crossformer_large": 0.5,
+    "crossformerpp_small": 0.2, "crossformerpp_base": 0.3, "crossformerpp_large": 0.5, "crossformerpp_huge": 0.5,
+}  # fmt: skip
+
 Setting = tuple[str, Any, str]
 """A key, its value, and where it was set, for errors."""
 
 
-def default_config() -> CfgNode:
+def default_config() -> Config:
     """Every setting at its default."""
     return _C.clone()
 
@@ -271,8 +294,17 @@ def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
     """Every setting of a config as ``SECTION.KEY``, and its value."""
     flat = {}
     for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {f"{prefix}{key}": value}
+        key = f"{prefix}{key}"
+        if key in DICTS:
+            flat[key] = _plain(value)
+        else:
+            flat |= flatten(value, f"{key}.") if isinstance(value, CfgNode) else {key: value}
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Dicts in place of config nodes."""
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, CfgNode) else value
 
 
 def all_keys() -> list[str]:
@@ -280,8 +312,10 @@ def all_keys() -> list[str]:
     return list(flatten(_C))
 
 
-def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Setting] = ()) -> CfgNode:
+def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Setting] = ()) -> Config:
     """The frozen config that a file, ``--opts`` (KEY VALUE ...) and flags make together.
+
+    ``notes`` of it say what was set for another model than the one that it names in the end, and so is left out.
 
     Raises:
         UserError: a key is unknown, or a value is of the wrong type or out of range.
@@ -289,13 +323,38 @@ def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[S
     config = default_config()
     origin: dict[str, str] = {}
     cfg_file = expanded(cfg_file)
-    for key, value, source in [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]:
+    settings = [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]
+    for key, value, source in settings:
         _set(config, key, value, source)
         origin[key] = source
     config.BASE = []  # what the files say is in the config now
     _validate(config, origin)
+    _leave_to_the_model(config, origin, list(dict.fromkeys(_file_of(source) for _, _, source in settings)))
     config.freeze()
     return config
+
+
+def _leave_to_the_model(config: Config, origin: dict[str, str], sources: list[str]) -> None:
+    """Settle what depends on MODEL.NAME and was not asked for.
+
+    A file's architecture is that of the model which the file names: with another one that is no CrossFormer, named by
+    a later one of the ``sources``, nobody has asked for it.
+    """
+    name = config.MODEL.NAME
+    if config.MODEL.DROP_PATH_RATE == NOT_ASKED_FOR:
+        config.MODEL.DROP_PATH_RATE = PUBLISHED_DROP_PATH_RATES.get(name, NOT_ASKED_FOR)
+    if name.startswith("crossformer"):
+        if config.MODEL.DROP_RATE == NOT_ASKED_FOR:
+            config.MODEL.DROP_RATE = 0.0
+        return
+    for key in [key for key in origin if key.startswith("MODEL.CROSSFORMER.")]:
+        if sources.index(_file_of(origin[key])) < sources.index(_file_of(origin["MODEL.NAME"])):
+            vars(config)["notes"] = (*config.notes, f"{key} ({origin[key]}) is left out: MODEL.NAME {name} has none")
+            _set(config, key, get(_C, key), "")
+
+
+def _file_of(source: str) -> str:
+    return source.rpartition(", line ")[0] or source
 
 
 def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting]:
@@ -332,7 +391,7 @@ def _settings_of(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[Sett
         if key in seen:
             raise UserError(f"setting {key} stands twice ({source}); keep one")
         seen.add(key)
-        if isinstance(_lookup(key, source), CfgNode):
+        if isinstance(_lookup(key, source), CfgNode) and key not in DICTS:
             yield from _settings_of(value_node, path, f"{key}.")
         else:
             loader = yaml.SafeLoader("")
@@ -370,7 +429,7 @@ def _lookup(key: str, source: str) -> Any:
 
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     default = _lookup(key, source)
-    if isinstance(default, CfgNode):
+    if isinstance(default, CfgNode) and key not in DICTS:
         keys = ", ".join(f"{key}.{name}" for name in default)
         raise UserError(f"{key} ({source}) is a section, not a setting; it has {keys}")
     *sections, name = key.split(".")
@@ -384,6 +443,10 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     """``value`` as the type of ``default``, where nothing is lost by it."""
     if key == "TRAIN.USE_CHECKPOINT" and isinstance(value, bool):
         value = "full" if value else "none"  # as in the YAML files of other trainers
+    if key in DICTS and isinstance(value, dict | None):
+        return _as_node(key, value or {}, source)
+    if key == "DATA.IMG_SIZE" and isinstance(value, tuple | list):
+        return value[0] if len(value) == 2 and value[0] == value[1] else list(value)
     if value is None and isinstance(default, str | list):
         return "none" if "none" in CHOICES.get(key, ()) else type(default)()
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -399,8 +462,21 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
         return value
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     choices = f" ({' | '.join(CHOICES[key])})" if key in CHOICES else ""
-    example = f", for example {default}" if default not in ("", [], False) and not choices else ""
-    raise UserError(f"{key} must be {wanted[type(default)]}{choices}{example}, not {value!r:.100} ({source})")
+    example = f", for example {default}" if default not in ("", [], False, {}) and not choices else ""
+    kind = wanted.get(type(default), "a dict")
+    raise UserError(f"{key} must be {kind}{choices}{example}, not {value!r:.100} ({source})")
+
+
+def _as_node(key: str, values: dict, source: str) -> CfgNode:
+    """``values`` as what yacs can write and read again."""
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise UserError(f"{key} ({source}): {name!r} is not the name of an argument")
+        if isinstance(value, dict):
+            values = values | {name: _as_node(f"{key}.{name}", value, source)}
+        elif not isinstance(value, str | bool | int | float | list | None):
+            raise UserError(f"{key}.{name} ({source}) must be a number, a text, a list or a dict, not {value!r}")
+    return CfgNode(values)
 
 
 def get(config: CfgNode, key: str) -> Any:
@@ -422,7 +498,12 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
             fail(key, f"choose one of {', '.join(choices)}{near}")
     for key, (low, high) in RANGES.items():
         value = get(config, key)
-        if not low <= value <= high:
+        if key == "DATA.IMG_SIZE" and isinstance(value, list):
+            if len(value) != 2 or not all(type(side) is int and side >= low for side in value):
+                fail(key, "must be a whole number, or a height and a width, for example 224 or [192, 640]")
+        elif key in LEFT_TO_THE_MODEL and value == NOT_ASKED_FOR:
+            continue
+        elif not low <= value <= high:
             fail(key, f"must be at least {low}" if high == _ANY else f"must lie between {low} and {high}")
     for key, lengths in NUMBER_LISTS.items():
         value = get(config, key)
@@ -488,7 +569,7 @@ def settings_in(dumped: Any, source: str) -> dict[str, Any]:
         misplaced |= {key.rpartition(".")[0] for key in found} & defaults.keys()
         if misplaced:
             raise ValueError(f"has {min(misplaced)} in a form that it cannot have")
-        return {key: _coerce(key, found[key], defaults[key], source) for key in defaults if key in found}
+        return {key: _plain(_coerce(key, found[key], defaults[key], source)) for key in defaults if key in found}
     except yaml.YAMLError as error:
         raise UserError(f"{source}: its config is not YAML: {getattr(error, 'problem', None)}") from error
     except (ValueError, TypeError, OverflowError) as error:  # a number, date or key that there is not
@@ -497,10 +578,11 @@ def settings_in(dumped: Any, source: str) -> dict[str, Any]:
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+        key = f"{prefix}{key}"
+        if isinstance(value, dict) and value and key not in DICTS:
+            yield from _leaves(value, f"{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield key, value
 
 
 def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:

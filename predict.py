@@ -30,7 +30,7 @@ from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
 from engine.evaluate import build_views, mean_of_probabilities
-from engine.model import giga_macs
+from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.trained import TrainedModel, load_trained
 from utils.errors import Parser, UserError, say_error
@@ -139,9 +139,10 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
         x, y = number % columns * (width + PAD) + 2 * PAD, number // columns * (height + PAD) + LINE + 3 * PAD
         draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white")
         write(x, y - 2, "/".join(Path(record["file"]).parts[-2:]), SIDE, cut=slice(1, None))
-        shown = image.shape[-1] * (SIDE // image.shape[-1]) or SIDE
-        scaling = Image.Resampling.NEAREST if image.shape[-1] <= SIDE else Image.Resampling.LANCZOS
-        sheet.paste(tensor_to_pil(image).resize((shown, shown), scaling), (x + (SIDE - shown) // 2, y + LINE))
+        picture, larger = tensor_to_pil(image), max(image.shape[1:])
+        scaling = Image.Resampling.NEAREST if larger <= SIDE else Image.Resampling.LANCZOS
+        shown = [round(side * (SIDE // larger or SIDE / larger)) for side in picture.size]
+        sheet.paste(picture.resize(shown, scaling), (x + (SIDE - shown[0]) // 2, y + LINE))
         y += LINE + SIDE + PAD // 2
         for top, p in zip(range(y, y + BARS * LINE, LINE), record["predictions"], strict=False):
             for share, colour in ((1, "#f1f4f8"), (p["probability"], "#8ec5f4" if top == y else "#d3e6f8")):
@@ -200,7 +201,7 @@ def run(given: Namespace) -> int:
     for line in trained.notes:
         screen.print(Text(printable(line)), soft_wrap=True)
     name = trained.config.MODEL.NAME
-    giga_macs(trained.model, trained.config.DATA.IMG_SIZE, device)  # refuses a size that the model does not take
+    check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
     answers = predict(trained, paths, given)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)

@@ -23,6 +23,7 @@ from data.transforms import build_eval_transform, build_train_transform
 from data.warming import read_ahead
 from utils.distributed import rank, world_size
 from utils.errors import UserError
+from utils.image_size import height_and_width
 
 
 class Loaders(NamedTuple):
@@ -157,7 +158,7 @@ def build_train_stage(config, device: torch.device) -> DeviceStage:
         fill_colour(config.DATA.MEAN),
         config.DATA.INTERPOLATION,
         config.AUG.REMODE if config.AUG.REPROB else "const",
-        config.DATA.IMG_SIZE,
+        height_and_width(config.DATA.IMG_SIZE),
         config.SEED,
     )
 

@@ -109,9 +109,9 @@ class _Loader:
         forks = self.num_workers > 0 and sys.platform == "linux"
         ring = None
         if forks:
-            size = self.dataset.transform.size
+            height, width = self.dataset.transform.size
             blocks = PREFETCH_FACTOR * self.num_workers + BATCHES_IN_USE
-            ring = Ring(blocks, (self.batches.batch_size, size, size, 3))
+            ring = Ring(blocks, (self.batches.batch_size, height, width, 3))
         loader = DataLoader(
             BatchDataset(self.dataset, ring),
             batch_size=None,  # the sampler's items are whole batches

@@ -14,7 +14,7 @@ from config import output_dir
 from data import Loaders, build_loaders
 from data.index import ImageIndex
 from data.loading import EvalLoader, TrainLoader, naming_dead_workers
-from engine.model import compile_in_place, giga_macs, is_compiled, prepare_model, set_training_mode
+from engine.model import check_image_size, compile_in_place, is_compiled, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
 from engine.report import Report
@@ -25,6 +25,7 @@ from models.weights import classes_in
 from utils import checkpoint
 from utils.distributed import agreement, sum_over_ranks
 from utils.errors import UserError
+from utils.image_size import height_and_width
 from utils.logger import RunLog
 
 IMAGENET = ImageNetInfo("imagenet-1k").label_names()
@@ -47,7 +48,7 @@ class Listener(Protocol):
 
 def build_views(config) -> Views:
     """The views that ``TEST.VIEWS`` names, over whose probabilities an evaluation averages."""
-    size = [config.DATA.IMG_SIZE] * 2
+    size = list(height_and_width(config.DATA.IMG_SIZE))
     return {
         "none": lambda images: [images],
         "flip": lambda images: [images, images.flip(-1)],
@@ -134,7 +135,7 @@ def run_evaluation(config, device: torch.device) -> None:
         weights = next(iter(candidates.values()))
         classes, present = number_as_the_model(loaders, content, weights, config.MODEL.NAME, path)
         model = prepare_model(config, len(classes), device)
-        giga_macs(model, config.DATA.IMG_SIZE, device)  # refuses an image size that the model does not take
+        check_image_size(model, config.DATA.IMG_SIZE, device)
         check_classes(content, classes, path)
         precision, views = choose_precision(config, device), build_views(config)
         among = torch.tensor([name in present for name in classes], device=device) if present else None

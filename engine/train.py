@@ -19,14 +19,23 @@ from engine.checkpoints import Checkpoints
 from engine.ema import Ema
 from engine.evaluate import build_views, check_classes, describe_turned, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
-from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
+from engine.model import (
+    begin_step,
+    check_smallest_batch,
+    compile_in_place,
+    describe_gmac,
+    giga_macs,
+    prepare_model,
+    set_training_mode,
+    share_gradients,
+)
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, bad_batch
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
 from engine.stopping import PATIENCE_SECONDS, Stopped, StopRequest
 from engine.trained import as_ids, named_classes
 from lr_scheduler import Schedule, build_scheduler
-from models import load_weights
+from models import left_out, load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
 from utils.bulletin import Bulletin
@@ -42,6 +51,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError
 from utils.files import remove_temporaries
+from utils.image_size import height_and_width
 from utils.lock import Lock, hold
 from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
@@ -70,6 +80,7 @@ def train_in_folder(config, device: torch.device, lock: Lock, stop: StopRequest,
         precision = choose_precision(config, device)
         model = prepare_model(config, len(loaders.classes), device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
+        check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
         mix = build_mixing(config, len(loaders.classes))
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
         schedule = build_scheduler(config, steps_per_epoch, global_batch)
@@ -84,7 +95,7 @@ def train_in_folder(config, device: torch.device, lock: Lock, stop: StopRequest,
         log = RunLog(output_dir(config), config, "train", total_steps, steps_per_epoch, *done, lock)
     with log, checkpoints:
         log.message(describe(config, model, gmac, precision, loaders))
-        for line in filter(None, [lock.note, loaders.left_out(), *started_from]):
+        for line in filter(None, [lock.note, *left_out(config), loaders.left_out(), *started_from]):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
@@ -256,11 +267,12 @@ def parts_of_a_batch(config, model: nn.Module, precision: Precision) -> int:
     """Into how many parts TRAIN.AUTO_MICRO_BATCH cuts a micro-batch, tried out on an empty one."""
     if not config.TRAIN.AUTO_MICRO_BATCH:
         return 1
-    criterion, size = build_criterion(config, soft_targets=False), config.DATA.IMG_SIZE
+    criterion, size = build_criterion(config, soft_targets=False), height_and_width(config.DATA.IMG_SIZE)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # BatchNorm must not take note of it
 
     def train_on(count: int) -> None:
-        images = torch.zeros(count, 3, size, size, device=precision.device)
+        check_smallest_batch(config, model, count)
+        images = torch.zeros(count, 3, *size, device=precision.device)
         targets = torch.zeros(count, dtype=torch.long, device=precision.device)
         try:
             with precision.autocast():
@@ -393,7 +405,7 @@ def describe(config, model: nn.Module, gmac: float, precision: Precision, loader
     parameters = sum(p.numel() for p in model.parameters())
     images, classes = len(loaders.train.dataset), len(loaders.classes)
     return (
-        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {gmac:.3g} GMAC at {config.DATA.IMG_SIZE}  "
+        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {describe_gmac(gmac, config.DATA.IMG_SIZE)}  "
         f"{precision.name}  {world_size()} x {name}  global batch {loaders.train.global_batch:,}  "
         f"{images:,} images of {classes:,} classes  "
         f"augmented {'on the GPU' if loaders.augments_on_device else 'by the loader processes'}  "

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from config import build_config, default_config, flatten, settings_in
 from engine.validation import describe, facts_of
 from models import build_model, load_weights
-from models.build import ARCHITECTURE
+from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.weights import check_size, classes_in, variant_of
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
@@ -87,6 +87,8 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         settings += preparation_of(timms, path)
         arguments = _dict_in(timms, "model_args")
         settings += [(f"MODEL.CROSSFORMER.{k}", arguments[a], path) for k, a in ARCHITECTURE.items() if a in arguments]
+        others = arguments.keys() - ARCHITECTURE.values() - NOT_FOR_KWARGS.keys()
+        settings.append(("MODEL.KWARGS", {argument: arguments[argument] for argument in sorted(others)}, path))
     else:
         found = name or variant_of(weights)
         if not found:
@@ -119,7 +121,7 @@ def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str
     if crop_mode == "border" or (crop_mode == "squash" and crop_pct != 1):
         raise UserError(f"{path} prepares images with crop_mode {crop_mode} and crop_pct {crop_pct}, unknown here")
     settings = {
-        "DATA.IMG_SIZE": size[-1],
+        "DATA.IMG_SIZE": size[1:] if len(size) > 2 else size[-1],
         "DATA.MEAN": pretrained_cfg.get("mean", defaults.DATA.MEAN),
         "DATA.STD": pretrained_cfg.get("std", defaults.DATA.STD),
         "DATA.INTERPOLATION": pretrained_cfg.get("interpolation", "bicubic"),

@@ -48,6 +48,7 @@ from data.loading import TrainLoader
 from data.sampling import epoch_order
 from data.transforms import TrainTransform, build_eval_transform, build_train_transform
 from utils.errors import Parser, UserError, say_error
+from utils.image_size import height_and_width
 from utils.names import drawable, font_file, printable
 from utils.randomness import seed_everything
 from utils.surroundings import a_path, settle
@@ -498,10 +499,10 @@ def mix_neighbours(config, device: torch.device, mixing: Callable, images: Tenso
 
 
 def describe_augmentation(config) -> str:
-    aug, size = config.AUG, config.DATA.IMG_SIZE
+    aug, (height, width) = config.AUG, height_and_width(config.DATA.IMG_SIZE)
     policy = aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else f"colour jitter {aug.COLOR_JITTER:g}"
     return (
-        f"{size} x {size} pixels, crop of {100 * aug.SCALE[0]:g} to {100 * aug.SCALE[1]:g} % of the area, {policy}, "
+        f"{height} x {width} pixels, crop of {100 * aug.SCALE[0]:g} to {100 * aug.SCALE[1]:g} % of the area, {policy}, "
         f"random erasing {aug.REPROB:g} ({aug.REMODE})"
     )
 
@@ -531,8 +532,10 @@ def draw_sheet(rows: dict[str, Iterable[Tensor]], names: list[str], heading: str
         top = 2 * LINE + row * (LINE + step)
         write(GAP, top, title, sheet.width - 2 * GAP, 14, "black")
         for column, image in enumerate(images):
-            scaling = Image.Resampling.LANCZOS if image.shape[-1] > CELL else Image.Resampling.NEAREST
-            sheet.paste(to_pil_image(image).resize((CELL, CELL), scaling), (GAP + column * step, top + LINE))
+            larger = max(image.shape[-2:])
+            scaling = Image.Resampling.LANCZOS if larger > CELL else Image.Resampling.NEAREST
+            shown = [max(1, round(side * CELL / larger)) for side in image.shape[:-3:-1]]
+            sheet.paste(to_pil_image(image).resize(shown, scaling), (GAP + column * step, top + LINE))
     with writing_to(path.parent):
         sheet.save(path, optimize=True)
 

@@ -35,6 +35,7 @@ from models.build import ARCHITECTURE
 from models.crossformer.embedding import MIN_IMAGE_SIZE
 from utils import checkpoint
 from utils.errors import Parser, UserError, say_error
+from utils.image_size import height_and_width
 from utils.surroundings import a_path, settle
 
 TOLERANCE = 1e-4
@@ -249,7 +250,7 @@ def export(arguments: list[str]) -> None:
     print(*trained.notes, sep="\n", end="\n" * bool(trained.notes))
     trained.model.to(memory_format=torch.contiguous_format)
     torch.manual_seed(0)
-    size = ((given.image_size or [trained.config.DATA.IMG_SIZE]) * 2)[:2]
+    size = (given.image_size * 2)[:2] if given.image_size else height_and_width(trained.config.DATA.IMG_SIZE)
     any_batch = given.dynamic_batch or given.format not in GRAPHS
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
     source = Source(trained, str(file), torch.randn(2 if any_batch else 1, 3, *size), shapes)

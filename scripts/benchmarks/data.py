@@ -28,6 +28,7 @@ from data.sampling import TrainBatches
 from data.transforms import build_train_transform
 from scripts.benchmarks.common import machine, show_progress, synchronize
 from utils.errors import UserError
+from utils.image_size import height_and_width
 
 WARM_UP_BATCHES = 6
 STAGE_IMAGES = 400
@@ -145,14 +146,14 @@ def of_dali(config) -> Iterator[int]:
     """Decode the crop's region only, resize and flip; without the policy, for which DALI has other operations."""
     from nvidia.dali import fn, pipeline_def, types
 
-    size, batch_size = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
+    size, batch_size = list(height_and_width(config.DATA.IMG_SIZE)), config.DATA.BATCH_SIZE
 
     @pipeline_def(batch_size=batch_size, num_threads=config.DATA.NUM_WORKERS, device_id=None)
     def pipeline():
         data, labels = fn.readers.file(file_root=str(Path(config.DATA.DATA_PATH) / "train"), random_shuffle=True)
         aspect, area = tuple(config.AUG.RATIO), tuple(config.AUG.SCALE)
         images = fn.decoders.image_random_crop(data, random_aspect_ratio=aspect, random_area=area)
-        images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+        images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.flip(images, horizontal=fn.random.coin_flip(probability=config.AUG.HFLIP)), labels
 
     running = pipeline()
