@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +144,8 @@ def _count(twin: nn.Module, batch_size: int, image_size: int | Sequence[int]) ->
     torch's counter asks for the gradient function of every tensor that wants a gradient and enters a module, and a
     parameter, as a class token is, has none.
     """
-    with FlopCounterMode(display=False) as counter:
+    # Attention as two matrix products: of a kernel that does both, not every torch counts them
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin.requires_grad_(False)(torch.zeros(batch_size, 3, *height_and_width(image_size), device="meta"))
     return counter.get_total_flops() / 2e9 / batch_size
 

@@ -187,7 +187,9 @@ class Stage(nn.Module):
 def product_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of ``x`` are computed in."""
     kind = x.device.type
-    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Of all devices that networks run on, meta alone knows nothing of autocast; not every torch.compile can follow
+    # torch.amp.is_autocast_available
+    autocasts = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocasts else x.dtype
 
 
