@@ -115,13 +115,13 @@ class Lock:
         if self._file is None:
             return
         self._done.set()
+        self._thread.join(BEAT_SECONDS)  # it would make the file again
         with suppress(OSError):
             holder = _read(self._path)
             if holder is not None and holder["id"] == self._me["id"]:
                 self._path.unlink()
-        self._thread.join(BEAT_SECONDS)  # a number that is closed may soon be another file's
         file, self._file = self._file, None
-        if not self._thread.is_alive():
+        if not self._thread.is_alive():  # a number that is closed may soon be another file's
             os.close(file)
         with suppress(OSError):
             for path in self._made:
