@@ -138,9 +138,10 @@ def prepared_otherwise(content: dict, config: CfgNode, path: str) -> str:
     if isinstance(saved, str):
         there = flatten(default_config()) | settings_in(saved, path)
     elif os.path.isdir(path):
-        there = {key: value for key, value, _ in preparation_of(content["timm"], path)}
+        there = flatten(build_config(flags=preparation_of(content["timm"], path)))  # values as settings have them
     here = flatten(config)
-    differing = [key for key in PREPARATION if there.get(key, here[key]) != here[key]]
+    matter = [key for key in PREPARATION if key != "TEST.CROP_PCT" or here["TEST.CROP"]]
+    differing = [key for key in matter if there.get(key, here[key]) != here[key]]
     differing = [f"{key} {here[key]} (there {there[key]})" for key in differing]
     return f"images are prepared otherwise than {path} says: {', '.join(differing)}" if differing else ""
 
