@@ -13,8 +13,17 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError, did_you_mean
+from utils.surroundings import expanded
 
-_C = CfgNode()
+
+class Config(CfgNode):
+    """All settings."""
+
+    notes: tuple[str, ...] = ()
+    """What :func:`build_config` has left out and why, a line each."""
+
+
+_C = Config()
 
 # YAML files to read first (paths relative to this file)
 _C.BASE = []
@@ -30,7 +39,7 @@ _C.DATA.CACHE_DIR = ""
 _C.DATA.CACHE_MODE = "no"
 # Images of one process in one micro-batch
 _C.DATA.BATCH_SIZE = 128
-# Height and width of the images that the model sees
+# Height and width of the images that the model sees: one number for squares, or [height, width]
 _C.DATA.IMG_SIZE = 224
 # bicubic | bilinear | nearest
 _C.DATA.INTERPOLATION = "bicubic"
@@ -38,6 +47,12 @@ _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.NUM_WORKERS = 8
 # An image that cannot be decoded: error stops the run; skip takes another one and logs the path
 _C.DATA.ON_BAD_IMAGE = "error"
+# Turn and mirror images as their EXIF orientation asks for; False leaves them as they lie in the file, as published
+_C.DATA.UPRIGHT = False
+# An image with more pixels than this counts as bad, lest one file take all of the memory
+_C.DATA.MAX_PIXELS = 178_956_970
+# Value that is white in grey images of more than 8 bits; 0 takes that of 16 bits, and refuses floats and 32 bits
+_C.DATA.WHITE = 0.0
 # Mean and standard deviation of the red, green and blue channel, to normalise with
 _C.DATA.MEAN = [0.485, 0.456, 0.406]
 _C.DATA.STD = [0.229, 0.224, 0.225]
@@ -51,12 +66,17 @@ _C.MODEL.NUM_CLASSES = 0
 _C.MODEL.RESUME = ""
 # Checkpoint whose weights to start from; the head is new when the number of classes differs
 _C.MODEL.PRETRAINED = ""
-# Dropout before the head
-_C.MODEL.DROP_RATE = 0.0
-# Stochastic depth of the last block; it grows linearly from 0 at the first
-_C.MODEL.DROP_PATH_RATE = 0.2
+# Which weights of PRETRAINED: model | ema | auto (the moving average where there is one); with --eval: auto takes both
+_C.MODEL.WEIGHTS = "auto"
+# Dropout before the head; -1 takes the model's own, which is 0 for a CrossFormer
+_C.MODEL.DROP_RATE = -1.0
+# Stochastic depth of the last block; it grows linearly from 0 at the first. -1 takes what was published with a
+# CrossFormer, and for other models 0.2 where they have it
+_C.MODEL.DROP_PATH_RATE = -1.0
 # Share of the target spread over all classes
 _C.MODEL.LABEL_SMOOTHING = 0.1
+# Other arguments of the model as timm.create_model takes them, for example {img_size: 256}
+_C.MODEL.KWARGS = CfgNode()
 
 # What differs from the variant MODEL.NAME; 0 or [] keeps the variant's own
 _C.MODEL.CROSSFORMER = CfgNode()
@@ -197,6 +217,7 @@ CHOICES = {
     "DATA.FORMAT": ("auto", "folder", "tar", "zip", "imagenet"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
+    "MODEL.WEIGHTS": ("auto", "model", "ema"),
     "TEST.VIEWS": ("none", "flip", "five_crop"),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
@@ -204,11 +225,15 @@ CHOICES = {
     "TRAIN.USE_CHECKPOINT": ("none", "selective", "full"),
 }
 
+DICTS = ("MODEL.KWARGS",)
+"""Settings that are a dict, with names that are not ours."""
+
 _ANY = float("inf")
 RANGES = {
     "AUG.COLOR_JITTER": (0, 1), "AUG.CUTMIX": (0, _ANY), "AUG.HFLIP": (0, 1), "AUG.MIXUP": (0, _ANY),
     "AUG.MIXUP_PROB": (0, 1), "AUG.MIXUP_SWITCH_PROB": (0, 1), "AUG.RECOUNT": (1, _ANY), "AUG.REPROB": (0, 1),
     "DATA.BATCH_SIZE": (1, _ANY), "DATA.IMG_SIZE": (1, _ANY), "DATA.NUM_WORKERS": (0, _ANY),
+    "DATA.MAX_PIXELS": (1, _ANY), "DATA.WHITE": (0, _ANY),
     "MODEL.DROP_PATH_RATE": (0, 0.999), "MODEL.DROP_RATE": (0, 0.999), "MODEL.LABEL_SMOOTHING": (0, 0.999),
     "MODEL.NUM_CLASSES": (0, _ANY), "MODEL.CROSSFORMER.EMBED_DIM": (0, _ANY), "PRINT_FREQ": (1, _ANY),
     "SEED": (0, _ANY), "TEST.CROP_PCT": (0.01, 1), "TRAIN.ACCUMULATION_STEPS": (1, _ANY), "TRAIN.BASE_LR": (0, _ANY),
@@ -231,11 +256,14 @@ NUMBER_LISTS = {
 MUST_STAY = ("TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK")
 """Settings that the state of an optimizer depends on, so that a resumed run may not change them."""
 
+PATHS = ("DATA.CACHE_DIR", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
+"""Settings that name a file or a folder, so that ~ in them is the home folder."""
+
 NO_EFFECT = (
-    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.NUM_WORKERS",
-    "DATA.ON_BAD_IMAGE", "LOG.WANDB", "OUTPUT", "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT",
-    "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME", "TRAIN.COMPILE",
-    "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
+    "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.MAX_PIXELS",
+    "DATA.NUM_WORKERS", "DATA.ON_BAD_IMAGE", "LOG.WANDB", "MODEL.WEIGHTS", "OUTPUT", "PRINT_FREQ", "TAG",
+    "TEST.REAL_LABELS", "TEST.REPORT", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME",
+    "TRAIN.COMPILE", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
     "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
     "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
 )  # fmt: skip
@@ -244,11 +272,20 @@ NO_EFFECT = (
 STARTED_FROM = ("MODEL.PRETRAINED", "MODEL.RESUME")
 """Settings that a resumed run may leave out, for it has begun, but not give another value."""
 
+NOT_ASKED_FOR = -1.0
+"""The value of a rate that is left to the model."""
+LEFT_TO_THE_MODEL = ("MODEL.DROP_PATH_RATE", "MODEL.DROP_RATE")
+
+PUBLISHED_DROP_PATH_RATES = {
+    "crossformer_tiny": 0.1, "crossformer_small": 0.2, "crossformer_base": 0.3, "crossformer_large": 0.5,
+    "crossformerpp_small": 0.2, "crossformerpp_base": 0.3, "crossformerpp_large": 0.5, "crossformerpp_huge": 0.5,
+}  # fmt: skip
+
 Setting = tuple[str, Any, str]
 """A key, its value, and where it was set, for errors."""
 
 
-def default_config() -> CfgNode:
+def default_config() -> Config:
     """Every setting at its default."""
     return _C.clone()
 
@@ -257,8 +294,17 @@ def flatten(node: CfgNode, prefix: str = "") -> dict[str, Any]:
     """Every setting of a config as ``SECTION.KEY``, and its value."""
     flat = {}
     for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {f"{prefix}{key}": value}
+        key = f"{prefix}{key}"
+        if key in DICTS:
+            flat[key] = _plain(value)
+        else:
+            flat |= flatten(value, f"{key}.") if isinstance(value, CfgNode) else {key: value}
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Dicts in place of config nodes."""
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, CfgNode) else value
 
 
 def all_keys() -> list[str]:
@@ -266,21 +312,49 @@ def all_keys() -> list[str]:
     return list(flatten(_C))
 
 
-def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Setting] = ()) -> CfgNode:
+def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Setting] = ()) -> Config:
     """The frozen config that a file, ``--opts`` (KEY VALUE ...) and flags make together.
+
+    ``notes`` of it say what was set for another model than the one that it names in the end, and so is left out.
 
     Raises:
         UserError: a key is unknown, or a value is of the wrong type or out of range.
     """
     config = default_config()
     origin: dict[str, str] = {}
-    for key, value, source in [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]:
+    cfg_file = expanded(cfg_file)
+    settings = [*(read_yaml(Path(cfg_file)) if cfg_file else ()), *_pairs(list(opts)), *flags]
+    for key, value, source in settings:
         _set(config, key, value, source)
         origin[key] = source
     config.BASE = []  # what the files say is in the config now
     _validate(config, origin)
+    _leave_to_the_model(config, origin, list(dict.fromkeys(_file_of(source) for _, _, source in settings)))
     config.freeze()
     return config
+
+
+def _leave_to_the_model(config: Config, origin: dict[str, str], sources: list[str]) -> None:
+    """Settle what depends on MODEL.NAME and was not asked for.
+
+    A file's architecture is that of the model which the file names: with another one that is no CrossFormer, named by
+    a later one of the ``sources``, nobody has asked for it.
+    """
+    name = config.MODEL.NAME
+    if config.MODEL.DROP_PATH_RATE == NOT_ASKED_FOR:
+        config.MODEL.DROP_PATH_RATE = PUBLISHED_DROP_PATH_RATES.get(name, NOT_ASKED_FOR)
+    if name.startswith("crossformer"):
+        if config.MODEL.DROP_RATE == NOT_ASKED_FOR:
+            config.MODEL.DROP_RATE = 0.0
+        return
+    for key in [key for key in origin if key.startswith("MODEL.CROSSFORMER.")]:
+        if sources.index(_file_of(origin[key])) < sources.index(_file_of(origin["MODEL.NAME"])):
+            vars(config)["notes"] = (*config.notes, f"{key} ({origin[key]}) is left out: MODEL.NAME {name} has none")
+            _set(config, key, get(_C, key), "")
+
+
+def _file_of(source: str) -> str:
+    return source.rpartition(", line ")[0] or source
 
 
 def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting]:
@@ -304,7 +378,7 @@ def read_yaml(path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Setting
                 raise UserError(f"BASE ({source}) must be a file name or a list of them")
             for base in [value] if isinstance(value, str) else value:
                 if base:
-                    yield from read_yaml(path_shown.parent / base, (*being_read, path))
+                    yield from read_yaml(path_shown.parent / expanded(base), (*being_read, path))
     yield from (setting for setting in settings if setting[0] != "BASE")
 
 
@@ -317,7 +391,7 @@ def _settings_of(node: yaml.Node, path: Path, prefix: str = "") -> Iterator[Sett
         if key in seen:
             raise UserError(f"setting {key} stands twice ({source}); keep one")
         seen.add(key)
-        if isinstance(_lookup(key, source), CfgNode):
+        if isinstance(_lookup(key, source), CfgNode) and key not in DICTS:
             yield from _settings_of(value_node, path, f"{key}.")
         else:
             loader = yaml.SafeLoader("")
@@ -334,7 +408,9 @@ def _pairs(opts: list[str]) -> Iterator[Setting]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+            if not isinstance(_lookup(key, "--opts"), str):  # a name may hold anything
+                raise UserError(f"--opts {key}: {text!r} is not a YAML value") from error
+            value = text
         if key == "BASE":
             raise UserError("BASE belongs in a YAML file; on the command line give the file with --cfg")
         is_text = isinstance(_lookup(key, "--opts"), str) and not isinstance(value, bool)
@@ -353,19 +429,24 @@ def _lookup(key: str, source: str) -> Any:
 
 def _set(config: CfgNode, key: str, value: Any, source: str) -> None:
     default = _lookup(key, source)
-    if isinstance(default, CfgNode):
+    if isinstance(default, CfgNode) and key not in DICTS:
         keys = ", ".join(f"{key}.{name}" for name in default)
         raise UserError(f"{key} ({source}) is a section, not a setting; it has {keys}")
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
-    config[name] = _coerce(key, value, default, source)
+    value = _coerce(key, value, default, source)
+    config[name] = expanded(value) if key in PATHS else value
 
 
 def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
     """``value`` as the type of ``default``, where nothing is lost by it."""
     if key == "TRAIN.USE_CHECKPOINT" and isinstance(value, bool):
         value = "full" if value else "none"  # as in the YAML files of other trainers
+    if key in DICTS and isinstance(value, dict | None):
+        return _as_node(key, value or {}, source)
+    if key == "DATA.IMG_SIZE" and isinstance(value, tuple | list):
+        return value[0] if len(value) == 2 and value[0] == value[1] else list(value)
     if value is None and isinstance(default, str | list):
         return "none" if "none" in CHOICES.get(key, ()) else type(default)()
     if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -381,8 +462,21 @@ def _coerce(key: str, value: Any, default: Any, source: str) -> Any:
         return value
     wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", list: "a list"}
     choices = f" ({' | '.join(CHOICES[key])})" if key in CHOICES else ""
-    example = f", for example {default}" if default not in ("", [], False) and not choices else ""
-    raise UserError(f"{key} must be {wanted[type(default)]}{choices}{example}, not {value!r} ({source})")
+    example = f", for example {default}" if default not in ("", [], False, {}) and not choices else ""
+    kind = wanted.get(type(default), "a dict")
+    raise UserError(f"{key} must be {kind}{choices}{example}, not {value!r:.100} ({source})")
+
+
+def _as_node(key: str, values: dict, source: str) -> CfgNode:
+    """``values`` as what yacs can write and read again."""
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise UserError(f"{key} ({source}): {name!r} is not the name of an argument")
+        if isinstance(value, dict):
+            values = values | {name: _as_node(f"{key}.{name}", value, source)}
+        elif not isinstance(value, str | bool | int | float | list | None):
+            raise UserError(f"{key}.{name} ({source}) must be a number, a text, a list or a dict, not {value!r}")
+    return CfgNode(values)
 
 
 def get(config: CfgNode, key: str) -> Any:
@@ -404,7 +498,12 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
             fail(key, f"choose one of {', '.join(choices)}{near}")
     for key, (low, high) in RANGES.items():
         value = get(config, key)
-        if not low <= value <= high:
+        if key == "DATA.IMG_SIZE" and isinstance(value, list):
+            if len(value) != 2 or not all(type(side) is int and side >= low for side in value):
+                fail(key, "must be a whole number, or a height and a width, for example 224 or [192, 640]")
+        elif key in LEFT_TO_THE_MODEL and value == NOT_ASKED_FOR:
+            continue
+        elif not low <= value <= high:
             fail(key, f"must be at least {low}" if high == _ANY else f"must lie between {low} and {high}")
     for key, lengths in NUMBER_LISTS.items():
         value = get(config, key)
@@ -443,15 +542,57 @@ def _validate(config: CfgNode, origin: dict[str, str]) -> None:
             fail(key, "must name a folder below OUTPUT" if key != "OUTPUT" else "must name a folder")
 
 
+LONGEST_DUMP, LONGEST_NUMBER, DEEPEST_DUMP = 2**20, 3500, 10
+
+
+def settings_in(dumped: Any, source: str) -> dict[str, Any]:
+    """The settings in a config that was dumped into a file, as ``SECTION.KEY``; those that are not known are left out.
+
+    Raises:
+        UserError: it is no such text. One that would unfold to more than it says, by YAML's aliases, is not read.
+    """
+    try:
+        if not isinstance(dumped, str) or len(dumped) > LONGEST_DUMP:
+            raise ValueError("is not a text of settings")
+        depth = 0
+        for event in yaml.parse(dumped, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if getattr(event, "anchor", None) is not None or depth > DEEPEST_DUMP:
+                raise ValueError("has YAML aliases or is nested without end")
+            if isinstance(event, yaml.ScalarEvent) and not event.style and len(event.value) > LONGEST_NUMBER:
+                raise ValueError("has a number without end")
+        content = yaml.load(dumped, Loader=yaml.SafeLoader)
+        if not isinstance(content, dict):
+            raise ValueError("is not a text of settings")
+        found, defaults = dict(_leaves(content)), flatten(_C)
+        misplaced = {key.rpartition(".")[0] for key in defaults} & found.keys()
+        misplaced |= {key.rpartition(".")[0] for key in found} & defaults.keys()
+        if misplaced:
+            raise ValueError(f"has {min(misplaced)} in a form that it cannot have")
+        return {key: _plain(_coerce(key, found[key], defaults[key], source)) for key in defaults if key in found}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: its config is not YAML: {getattr(error, 'problem', None)}") from error
+    except (ValueError, TypeError, OverflowError) as error:  # a number, date or key that there is not
+        raise UserError(f"{source}: its config {next(iter(str(error).splitlines()), 'is wrong')}") from error
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        key = f"{prefix}{key}"
+        if isinstance(value, dict) and value and key not in DICTS:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
 def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any]]:
     """The settings that may change what a run computes and differ from a dumped config: key, value there, here.
 
-    A setting that one of them does not know is at its default there, or None if it has none.
+    A setting that the dump does not know is at its default there.
     """
-    default = flatten(_C)
-    before, now = default | flatten(CfgNode(yaml.safe_load(dumped))), default | flatten(config)
-    keys = [key for key in {**now, **before} if key not in (*NO_EFFECT, "BASE")]
-    differing = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    before, now = flatten(_C) | settings_in(dumped, "the checkpoint"), flatten(config)
+    keys = [key for key in now if key not in (*NO_EFFECT, "BASE")]
+    differing = [(key, before[key], now[key]) for key in keys if before[key] != now[key]]
     return [(key, there, here) for key, there, here in differing if here or key not in STARTED_FROM]
 
 

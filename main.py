@@ -14,7 +14,9 @@ from config import build_config
 from engine.stopping import CTRL_C_STATUS, Stopped, StopRequest, is_launched
 from utils import distributed
 from utils.errors import Parser, UserError, did_you_mean
+from utils.names import printable
 from utils.processes import end_with_parent
+from utils.surroundings import settle
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
@@ -92,6 +94,7 @@ def parse(arguments: list[str]):
 
 def run(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
+    settle()
     try:
         config, mode = parse(arguments)
     except UserError as error:
@@ -129,10 +132,10 @@ def explain(error: BaseException) -> int:
             if not distributed.is_main():
                 time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
                 return 2
-            text, status = f"error: {error}", 2
+            text, status = f"error: {printable(str(error))}", 2
         case UserError():
             where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-            text, status = f"error{where}: {error}", 2
+            text, status = f"error{where}: {printable(str(error))}", 2
         case Stopped():
             text = "" if error.request.answered else f"stopped by {error.request.name} before training began"
             error.request.answer()

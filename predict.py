@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,45 +21,61 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.decoding import decode, tensor_to_pil
+from data.build import build_decoding
+from data.decoding import decode, read_file, tensor_to_pil
+from data.files import check_is_file, describe_kinds
+from data.files import find_images as images_below
 from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
-from engine.model import giga_macs
+from engine.evaluate import build_views, mean_of_probabilities
+from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.trained import TrainedModel, load_trained
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
 from utils.files import temporary_name
+from utils.names import drawable, font_file, harmless, printable
+from utils.surroundings import a_path, expanded, settle
 
 KEYS = ("class_index", "class", "probability")
 ON_SHEET, COLUMNS, BARS = 60, 8, 5
 SIDE, PAD, LINE = 224, 12, 22  # pixels of an image on the sheet, of the space around it, of a line of text or a bar
 
 
-def find_images(paths: list[Path]) -> list[Path]:
-    """The files among ``paths``; of each folder the images at any depth, sorted, without hidden ones."""
-    found = []
+def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
+    """The files among ``paths``; of each folder the images at any depth, sorted, and how many others of each type.
+
+    Raises:
+        UserError: there is no such file or no image in a folder, or something is no file (see :mod:`data.files`).
+    """
+    images, left_out = [], Counter()
     for path in paths:
-        names = (file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        images = sorted(path / name for name in names if not any(part.startswith(".") for part in name.parts))
-        if not images and not path.is_file():
+        if not os.path.lexists(path):
             raise UserError(f"{path} is no file and no folder of images; give images or their folders")
-        found += images or [path]
-    return found
+        if not os.path.isdir(path):
+            check_is_file(path)
+            images.append(path)
+            continue
+        found = images_below(path)
+        if not found.images:
+            but = f" but {describe_kinds(found.left_out)}" if found.left_out else ""
+            raise UserError(f"{path} is a folder without an image{but}; give images or their folders")
+        images += sorted(path / name for name in found.images)
+        left_out += found.left_out
+    return images, left_out
 
 
 def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Iterator[tuple[dict, torch.Tensor | None]]:
     """What ``--format json`` says of each image, in order, and the pixels that the model saw."""
     config, classes, device = trained.config, trained.classes, torch.device(given.device)
-    precision, transform = choose_precision(config, device), build_eval_transform(config)
-    stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
+    precision, transform, views = choose_precision(config, device), build_eval_transform(config), build_views(config)
+    decoding, stage = build_decoding(config), DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
 
     def prepare(path: Path) -> torch.Tensor | str:
         """As in evaluation; or why that cannot be done."""
         try:
-            return transform(decode(path.read_bytes()))[0]
+            return transform(decode(read_file(path), decoding))[0]
         except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
             return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -69,7 +86,8 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
             images, ready = list(ready), pool.map(prepare, following)  # while the model is at work
             if sound := [image for image in images if not isinstance(image, str)]:
                 with torch.inference_mode(), precision.autocast():
-                    logits = trained.model(stage(torch.stack(sound), [Plan()] * len(sound))).float()
+                    seen = views(stage(torch.stack(sound), [Plan()] * len(sound)))
+                    logits = mean_of_probabilities([trained.model(view).float() for view in seen])
                 best = logits.softmax(1).topk(min(given.top, len(classes)))
                 answers = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             for file, image in zip(map(str, files), images, strict=True):
@@ -78,11 +96,6 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
                 else:
                     ranked = ((i, classes[i], float(f"{p:.6g}")) for i, p in zip(*next(answers), strict=True))
                     yield {"file": file, "predictions": [dict(zip(KEYS, x, strict=True)) for x in ranked]}, image
-
-
-def printable(text: str) -> str:
-    """In one line: the name of a file or class may hold anything."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
@@ -94,7 +107,8 @@ def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
     elif form == "csv":
         lines = csv.writer(out, lineterminator="\n")
         lines.writerow(["file", "rank", *KEYS])
-        lines.writerows([file, rank, *p.values()] for file, named in sound for rank, p in enumerate(named, start=1))
+        for file, named in sound:
+            lines.writerows([*map(harmless, (file, rank, *p.values()))] for rank, p in enumerate(named, start=1))
     else:
         for file, named in sound:
             cells = [printable(x) for x in (file, *(f"{p['class']} {100 * p['probability']:.1f} %" for p in named))]
@@ -111,10 +125,10 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
     columns = -(-len(drawn) // rows)
     width, height = SIDE + 2 * PAD, SIDE + (1 + len(drawn[0][0]["predictions"][:BARS])) * LINE + 5 * PAD // 2
     size = columns * (width + PAD) + PAD, rows * (height + PAD) + LINE + 2 * PAD
-    draw, font = ImageDraw.Draw(sheet := Image.new("RGB", size, "#eef1f5")), ImageFont.load_default(size=13)
+    draw, font = ImageDraw.Draw(sheet := Image.new("RGB", size, "#eef1f5")), ImageFont.truetype(font_file(), 12)
 
     def write(x: float, y: int, text: str, room: float, cut: slice = slice(-1)) -> None:
-        shown = text = printable(text)
+        shown = text = drawable(text)
         while draw.textlength(shown, font) > room:
             text = text[cut]
             shown = f"{text}…" if cut.stop else f"…{text}"
@@ -125,9 +139,10 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
         x, y = number % columns * (width + PAD) + 2 * PAD, number // columns * (height + PAD) + LINE + 3 * PAD
         draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white")
         write(x, y - 2, "/".join(Path(record["file"]).parts[-2:]), SIDE, cut=slice(1, None))
-        shown = image.shape[-1] * (SIDE // image.shape[-1]) or SIDE
-        scaling = Image.Resampling.NEAREST if image.shape[-1] <= SIDE else Image.Resampling.LANCZOS
-        sheet.paste(tensor_to_pil(image).resize((shown, shown), scaling), (x + (SIDE - shown) // 2, y + LINE))
+        picture, larger = tensor_to_pil(image), max(image.shape[1:])
+        scaling = Image.Resampling.NEAREST if larger <= SIDE else Image.Resampling.LANCZOS
+        shown = [round(side * (SIDE // larger or SIDE / larger)) for side in picture.size]
+        sheet.paste(picture.resize(shown, scaling), (x + (SIDE - shown[0]) // 2, y + LINE))
         y += LINE + SIDE + PAD // 2
         for top, p in zip(range(y, y + BARS * LINE, LINE), record["predictions"], strict=False):
             for share, colour in ((1, "#f1f4f8"), (p["probability"], "#8ec5f4" if top == y else "#d3e6f8")):
@@ -160,16 +175,17 @@ def parse(arguments: list[str]) -> Namespace:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = Parser(prog="predict.py", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
-    flag("images", metavar="IMAGE-OR-FOLDER", nargs="+", type=Path, help="images, or folders with images at any depth")
-    flag("--checkpoint", metavar="FILE", required=True, help="weights: this project's, published ones or timm's")
+    flag("images", metavar="IMAGE-OR-FOLDER", nargs="+", type=a_path, help="images, or folders with them at any depth")
+    flag("--checkpoint", metavar="FILE", type=expanded, required=True, help="this project's, a published one or timm's")
     flag("--format", choices=["table", "csv", "json"], default="table", help="of the output (%(default)s)")
-    flag("--to", metavar="FILE", type=Path, help="write the output there")
+    flag("--to", metavar="FILE", type=a_path, help="write the output there")
     flag("--top", metavar="N", type=int, default=5, help="classes of each image (%(default)s)")
     flag("--batch-size", metavar="N", type=int, default=32, help="images at a time (%(default)s)")
     flag("--image-size", metavar="N", type=int, default=0, help="in pixels; 0 is that of the training")
     flag("--model", metavar="NAME", default="", help="the timm name, for weights that do not tell")
+    flag("--weights", choices=["auto", "model", "ema"], default="auto", help="auto: the moving average if there is one")
     flag("--device", choices=devices, default=devices[-1], help="of this machine's (%(default)s)")
-    flag("--sheet", metavar="FILE.png", type=Path, help="draw the images with their predictions")
+    flag("--sheet", metavar="FILE.png", type=a_path, help="draw the images with their predictions")
     given = parser.parse_args(arguments)
     if min(given.top, given.batch_size) < 1:
         raise UserError("--top and --batch-size must be at least 1")
@@ -177,13 +193,15 @@ def parse(arguments: list[str]) -> Namespace:
 
 
 def run(given: Namespace) -> int:
-    paths, device = find_images(given.images), torch.device(given.device)
+    (paths, left_out), device = find_images(given.images), torch.device(given.device)
     records, drawn, screen = [], [], Console(stderr=True)
     for path in filter(None, (given.to, given.sheet)):
         write_file(path, None)  # after an hour it would be late to find out
-    trained = load_trained(given.checkpoint, device, given.model, given.image_size)
+    trained = load_trained(given.checkpoint, device, given.model, given.image_size, given.weights)
+    for line in trained.notes:
+        screen.print(Text(printable(line)), soft_wrap=True)
     name = trained.config.MODEL.NAME
-    giga_macs(trained.model, trained.config.DATA.IMG_SIZE, device)  # refuses a size that the model does not take
+    check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
     answers = predict(trained, paths, given)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)
@@ -191,6 +209,8 @@ def run(given: Namespace) -> int:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
         elif given.sheet and len(drawn) < ON_SHEET:
             drawn.append((record, image))
+    if left_out:
+        screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
     sound = sum("predictions" in record for record in records)
     if drawn:
         left_out = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""
@@ -204,10 +224,11 @@ def run(given: Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    settle()
     try:
         return run(parse(arguments))
     except (UserError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

@@ -3,12 +3,12 @@
 import os
 from abc import abstractmethod
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.files import fewer_kinds
 from data.index import ImageIndex, Scan, order
 from utils.errors import UserError
 
@@ -74,7 +74,11 @@ class ArchiveIndex(ImageIndex):
 
 
 class Members:
-    """Collects the images of ``archives``, all below ``root``, and brings them into the order of class and name."""
+    """Collects the images of ``archives``, all below ``root``, and brings them into the order of class and name.
+
+    Attributes:
+        left_out: kinds of files in them that are not used, counted by whoever looks into the archives.
+    """
 
     def __init__(self, root: Path, archives: list[Path]):
         self.root, self.archives = root, archives
@@ -82,6 +86,7 @@ class Members:
         self.labels, self.archive, self.length = array("i"), array("i"), array("i")
         self.offset = array("q")
         self.classes: dict[str, int] = {}
+        self.left_out: Counter[str] = Counter()
 
     def add(self, label: str, name: str, archive: int, offset: int, length: int) -> None:
         if length > MAX_IMAGE_BYTES:
@@ -107,13 +112,7 @@ class Members:
         }
         arrays = {key: value[by_class] for key, value in arrays.items()}
         archives = [os.path.relpath(path, self.root) for path in self.archives]
-        return Scan(classes, arrays, archives, [*self.archives, *more_sources])
-
-
-def is_image(member: str) -> bool:
-    """Whether a member of an archive is an image and not somebody's hidden file."""
-    name = member.rpartition("/")[2].lower()
-    return name.endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        return Scan(classes, arrays, archives, [*self.archives, *more_sources], fewer_kinds(self.left_out))
 
 
 def class_and_name(member: str) -> tuple[str, str]:

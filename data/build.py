@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from data.dataset import ImageDataset
+from data.decoding import Decoding
+from data.files import describe_left_out
 from data.index import ImageIndex, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
@@ -21,6 +23,7 @@ from data.transforms import build_eval_transform, build_train_transform
 from data.warming import read_ahead
 from utils.distributed import rank, world_size
 from utils.errors import UserError
+from utils.image_size import height_and_width
 
 
 class Loaders(NamedTuple):
@@ -30,6 +33,11 @@ class Loaders(NamedTuple):
     val: EvalLoader
     classes: list[str]
     augments_on_device: bool
+
+    def left_out(self) -> str:
+        """One line about the files that lie in the data and are not used; empty where there are none."""
+        loaders = {"train": self.train, "val": self.val}
+        return describe_left_out({split: x.dataset.index.left_out for split, x in loaders.items() if x})
 
 
 def build_loaders(config, device: torch.device, training: bool = True) -> Loaders:
@@ -66,13 +74,19 @@ def build_loaders(config, device: torch.device, training: bool = True) -> Loader
                 "use a smaller --batch-size"
             )
         transform = build_train_transform(config, on_device)
-        dataset = ImageDataset(train_images, transform, config.SEED, config.DATA.ON_BAD_IMAGE == "skip")
+        skip = config.DATA.ON_BAD_IMAGE == "skip"
+        dataset = ImageDataset(train_images, transform, config.SEED, skip, build_decoding(config))
         train = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device))
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
-    dataset = ImageDataset(val_images, build_eval_transform(config), config.SEED, False)
+    dataset = ImageDataset(val_images, build_eval_transform(config), config.SEED, False, build_decoding(config))
     batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE, rank(), world_size())
     stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
     return Loaders(train, EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, stage), classes, on_device)
+
+
+def build_decoding(config) -> Decoding:
+    """How the settings want pixels to be made of a file."""
+    return Decoding(config.DATA.UPRIGHT, config.DATA.MAX_PIXELS, config.DATA.WHITE)
 
 
 Images = ImageIndex | TimmImages
@@ -83,7 +97,7 @@ def open_images(config, training: bool) -> tuple[Images | None, Images, list[str
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is not set: give --data-path DIR with train/CLASS/*.jpg (see docs/data.md)")
     root = Path(config.DATA.DATA_PATH)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with train/ and val/ (see docs/data.md)")
     if "/" in config.DATA.FORMAT:
         return open_timm_images(config, root, training)
@@ -144,7 +158,7 @@ def build_train_stage(config, device: torch.device) -> DeviceStage:
         fill_colour(config.DATA.MEAN),
         config.DATA.INTERPOLATION,
         config.AUG.REMODE if config.AUG.REPROB else "const",
-        config.DATA.IMG_SIZE,
+        height_and_width(config.DATA.IMG_SIZE),
         config.SEED,
     )
 

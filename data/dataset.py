@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.decoding import decode
+from data.decoding import AS_PUBLISHED, Decoding, decode_with_orientation
 from data.index import ImageIndex
 from data.policy import Plan
 from data.ring import Ring, Slot
@@ -24,7 +24,7 @@ MAX_REPLACEMENTS = 100
 class Sample(NamedTuple):
     """One image ``(3, H, W)`` uint8 with its class and what remains to be done to it, or None instead of an image.
 
-    ``number`` is its place in the index.
+    ``number`` is its place in the index, ``orientation`` what EXIF says (1 is upright), 0 where nobody has looked.
     ``bad`` has a line for each file that could not be decoded, ``failure`` one that says why there can be no image at
     all (a file that cannot be opened, say). A worker hands both on instead of raising, which would lose the plain line.
     """
@@ -33,16 +33,18 @@ class Sample(NamedTuple):
     target: int
     plan: Plan = Plan()
     number: int = -1
+    orientation: int = 0
     bad: tuple[str, ...] = ()
     failure: str = ""
 
 
 @dataclass
 class Report:
-    """What comes with a batch besides: each image's plan and number; ``bad`` and ``failure`` as in a sample."""
+    """What comes with a batch besides: each image's plan, number and orientation; the others as in a sample."""
 
     plans: list[Plan]
     numbers: list[int]
+    orientations: list[int]
     bad: list[str]
     failure: str
 
@@ -63,13 +65,22 @@ class ImageDataset(Dataset):
         transform: decoded image to uint8 image and plan; it may draw from Python's, numpy's and torch's generators.
         seed: of the run.
         replace_bad: take the next image of the index that can be decoded in place of one that cannot.
+        decoding: how pixels are made of a file.
     """
 
-    def __init__(self, index: ImageIndex | TimmImages, transform: Callable, seed: int, replace_bad: bool):
+    def __init__(
+        self,
+        index: ImageIndex | TimmImages,
+        transform: Callable,
+        seed: int,
+        replace_bad: bool,
+        decoding: Decoding = AS_PUBLISHED,
+    ):
         self.index = index
         self.transform = transform
         self.seed = seed
         self.replace_bad = replace_bad
+        self.decoding = decoding
 
     def __len__(self) -> int:
         return len(self.index)
@@ -83,7 +94,8 @@ class ImageDataset(Dataset):
             candidate %= len(self.index)
             try:
                 data, target = self.index[candidate]
-                image = decode(data)
+                # How many are turned is told of the first epoch, so nobody need look for it later
+                image, orientation = decode_with_orientation(data, self.decoding, look=epoch == 0)
             except UserError as error:
                 return Sample(None, 0, bad=tuple(bad), failure=str(error))
             except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
@@ -93,7 +105,7 @@ class ImageDataset(Dataset):
                 bad.append(f"{self.index.name(candidate)}: {str(error) or type(error).__name__}")
             else:
                 image, plan = self.transform(image)
-                return Sample(image, target, plan, candidate, tuple(bad))
+                return Sample(image, target, plan, candidate, orientation if epoch == 0 else 0, tuple(bad))
         failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
         return Sample(None, 0, bad=tuple(bad), failure=failure)
 
@@ -127,6 +139,7 @@ def collate(samples: list[Sample], out: Tensor | None = None) -> Batch:
     report = Report(
         [sample.plan for sample in present],
         [sample.number for sample in present],
+        [sample.orientation for sample in present],
         [line for sample in samples for line in sample.bad],
         next((sample.failure for sample in samples if sample.failure), ""),
     )

@@ -1,13 +1,14 @@
 """A class-folder tree: ``FOLDER/CLASS/**/*.jpg``."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data.decoding import read_file
+from data.files import Entries, describe_kinds, fewer_kinds, find_images, folders_above, is_image, list_folder, type_of
 from data.index import ImageIndex, Layout, Scan
 from utils.errors import UserError
 
@@ -35,7 +36,7 @@ class FileIndex(ImageIndex):
         return self.root / self.archives[0] / self._folders[self.arrays["labels"][i]] / self.name_in_class(i)
 
     def read(self, i: int) -> bytes:
-        return self.path(i).read_bytes()
+        return read_file(self.path(i))
 
     def name(self, i: int) -> str:
         return str(self.path(i))
@@ -50,65 +51,43 @@ class FolderLayout(Layout):
         self.root, self.name, self.folder, self.archives = root, f"{folder}-folder", root / folder, [root / folder]
 
     def classes(self, cache_dir: str) -> list[str]:
-        return class_names(self.folder)
+        return _class_names(self.folder, list_folder(self.folder, folders_above(self.folder)))
 
     def scan(self) -> Scan:
-        classes = class_names(self.folder)
+        inside = list_folder(self.folder, folders_above(self.folder))
+        classes = _class_names(self.folder, inside)
         names: list[bytes] = []  # one bytes object a class, not one an image
         ends: list[np.ndarray] = []
         counts: list[int] = []
         sources = [self.folder]
+        left_out = Counter(type_of(name) + " outside of the class folders" * is_image(name) for name in inside.files)
         end = 0
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            listings = pool.map(lambda name: _list_class(self.folder / name), classes)
-            for name, (images, folders) in zip(classes, listings, strict=True):
-                if not images:
+            found_in = pool.map(lambda name: find_images(self.folder / name, inside.within), classes)
+            for name, found in zip(classes, found_in, strict=True):
+                if not found.images:
+                    but = f" but {describe_kinds(found.left_out)}" if found.left_out else ""
                     raise UserError(
-                        f"class folder {self.folder / name} holds no image ({' '.join(IMG_EXTENSIONS)}); "
-                        "put images there or remove the folder"
+                        f"class folder {self.folder / name} holds no image{but} (.jpg, .png and others: see "
+                        "docs/data.md); put images there or remove the folder"
                     )
+                images = sorted(map(os.fsencode, found.images))
                 ends.append(end + np.cumsum([len(image) for image in images], dtype=np.int64))
                 end = int(ends[-1][-1])
                 names.append(b"".join(images))
                 counts.append(len(images))
-                sources += folders
+                sources += found.folders
+                left_out += found.left_out
         arrays = {
             "labels": np.repeat(np.arange(len(classes), dtype=np.int32), counts),
             "names": np.frombuffer(b"".join(names), dtype=np.uint8),
             "ends": np.concatenate(ends),
         }
-        return Scan(classes, arrays, [self.folder.name], sources)
+        return Scan(classes, arrays, [self.folder.name], sources, fewer_kinds(left_out))
 
 
-def class_names(folder: Path) -> list[str]:
+def _class_names(folder: Path, inside: Entries) -> list[str]:
     """The class folders in ``folder``, sorted."""
-    names = sorted(e.name for e in _entries(folder) if e.is_dir() and not e.name.startswith("."))
-    if not names:
+    if not inside.folders:
         raise UserError(f"{folder} has no class folders; expected {folder}/CLASS/*.jpg (see docs/data.md)")
-    return names
-
-
-def _list_class(folder: Path) -> tuple[list[bytes], list[Path]]:
-    """The images below ``folder``, sorted, relative to it; and all folders that were looked into."""
-    folders = [folder]
-    images = sorted(os.fsencode(path) for path in _images(folder, "", folders))
-    return images, folders
-
-
-def _images(folder: Path, prefix: str, folders: list[Path]) -> Iterator[str]:
-    for entry in _entries(folder):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            folders.append(Path(entry.path))
-            yield from _images(Path(entry.path), f"{prefix}{entry.name}/", folders)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            yield f"{prefix}{entry.name}"
-
-
-def _entries(folder: Path) -> Iterable[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    return sorted(inside.folders)

@@ -1,15 +1,17 @@
 """ImageNet-1k as its authors distribute it: ``ILSVRC2012_img_train.tar``, ``ILSVRC2012_img_val.tar`` and the devkit."""
 
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
 
 from scipy.io import loadmat
 
-from data.archive import Members, is_image
+from data.archive import Members
+from data.files import check_is_file, is_image
 from data.index import Layout, Scan
-from data.tar import TarIndex, open_tar, read_members
+from data.tar import TarIndex, members_once, open_tar
 from utils.errors import UserError
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -28,7 +30,7 @@ class OfficialTrainLayout(Layout):
     def scan(self) -> Scan:
         members, path = Members(self.root, self.archives), self.root / TRAIN
         with open_tar(path) as file:
-            for inner in list(read_members(file, path)):
+            for _, inner in list(members_once(file, path, lambda name: True, members.left_out)):
                 if not inner.name.endswith(".tar"):
                     raise UserError(
                         f"{path}:{inner.name} is not the tar of a class; a tar of images is named otherwise"
@@ -36,10 +38,8 @@ class OfficialTrainLayout(Layout):
                 begin, end = inner.offset_data, inner.offset_data + inner.size
                 name = Path(inner.name).stem
                 before = len(members.names)
-                for image in read_members(file, path, begin, end):
-                    if is_image(image.name):
-                        image_name = image.name.removeprefix("./")
-                        members.add(name, image_name, 0, image.offset_data, image.size)
+                for image_name, image in members_once(file, path, is_image, members.left_out, begin, end):
+                    members.add(name, image_name, 0, image.offset_data, image.size)
                 if len(members.names) == before:
                     raise UserError(f"{path}:{inner.name} holds no image; get the archive again")
         if not members.names:
@@ -61,16 +61,18 @@ class OfficialValLayout(Layout):
     def scan(self) -> Scan:
         members, path = Members(self.root, self.archives), self.root / VAL
         synsets, truth, devkit = read_devkit(self.root)
+        found: set[int] = set()
         with open_tar(path) as file:
-            for image in read_members(file, path):
-                if not is_image(image.name):
-                    continue
-                name = Path(image.name).name
+            for name_in_tar, image in members_once(file, path, is_image, members.left_out):
+                name = Path(name_in_tar).name
                 number = re.search(r"_(\d+)\.[^.]*$", name)
                 if not number or not 1 <= int(number[1]) <= len(truth):
                     raise UserError(
                         f"{devkit} has no class for {path}:{image.name}; get the devkit of ILSVRC2012 (t12)"
                     )
+                if int(number[1]) in found:
+                    raise UserError(f"{path} holds image number {number[1]} twice, the second time as {image.name}")
+                found.add(int(number[1]))
                 members.add(synsets[truth[int(number[1]) - 1]], name, 0, image.offset_data, image.size)
         if len(members.names) != len(truth):
             raise UserError(
@@ -85,12 +87,13 @@ def read_devkit(root: Path) -> tuple[dict[int, str], list[int], Path]:
     The ids number the classes in another order than the one that all trained models use, which is that of the sorted
     WordNet ids.
     """
-    path = next((root / name for name in DEVKITS if (root / name).exists()), None)
+    path = next((root / name for name in DEVKITS if os.path.lexists(root / name)), None)
     if path is None:
         raise UserError(
             f"{root} has {VAL} but no {DEVKITS[0]}, which tells the classes of its images; put the devkit beside it"
         )
     meta = truth = None
+    check_is_file(path)
     try:
         with tarfile.open(path) as devkit:
             for member in devkit:

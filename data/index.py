@@ -1,7 +1,8 @@
 """Which images there are and where their bytes lie: a few flat, memory-mapped arrays, however many images.
 
 An index is built once from a data set's layout and kept in a file, which every process of a host maps into its memory:
-the pages are shared, so that neither another rank nor a loader worker adds a copy.
+the pages are shared, so that neither another rank nor a loader worker adds a copy. A checksum of all that is in the
+file is kept with it, which each rank verifies when it opens the file: nobody would notice that a label was shifted.
 """
 
 import fcntl
@@ -24,7 +25,7 @@ from safetensors.numpy import save_file
 
 from utils.errors import UserError
 
-VERSION = "crossformer-trainer index 1"
+VERSION = "crossformer-trainer index 2"
 SECONDS_WITHOUT_A_WORD = 2
 RACY_SECONDS = 2
 """Within so short a time a file system may give two states of a folder the same date."""
@@ -33,13 +34,15 @@ RACY_SECONDS = 2
 class Scan(NamedTuple):
     """What a layout has found out about its images.
 
-    ``arrays`` are what the index's class takes; ``sources`` are the files and folders whose change makes it stale.
+    ``arrays`` are what the index's class takes; ``sources`` are the files and folders whose change makes it stale;
+    ``left_out`` is how many files of each kind are not used.
     """
 
     classes: list[str]
     arrays: dict[str, np.ndarray]
     archives: list[str]
     sources: list[Path]
+    left_out: dict[str, int]
 
 
 class ImageIndex(ABC):
@@ -52,7 +55,12 @@ class ImageIndex(ABC):
         archives: the files that hold the images (or the folder that does), relative to ``root``.
         arrays: all that is known of the images, ``labels`` included.
         file: where it is kept.
+        left_out: how many files of each kind lie in the data and are not used.
+        checksum: of all this.
     """
+
+    left_out: dict[str, int]
+    checksum: str
 
     def __init__(self, root: Path, classes: list[str], arrays: dict[str, np.ndarray], archives: list[str], file: Path):
         self.root, self.classes, self.arrays, self.archives, self.file = root, classes, arrays, archives, file
@@ -66,7 +74,7 @@ class ImageIndex(ABC):
 
     def __reduce__(self):  # a spawned worker maps the file itself instead of being sent the arrays
         labels = None if self.labels is self.arrays["labels"] else self.labels
-        return _reopen, (type(self), self.root, self.file, self.classes, labels)
+        return _reopen, (type(self), self.root, self.file, self.checksum, self.classes, labels)
 
     @abstractmethod
     def read(self, i: int) -> bytes:
@@ -142,11 +150,13 @@ def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
         UserError: from the scan, or neither place can be written.
     """
     files = _places(layout, cache_dir)
-    index = next(filter(None, (_load_fresh(layout, file) for file in files)), None)
+    index, _ = _kept(layout, files)
     if index:
         return index
     with _locked(files):  # of the processes of a host one scans; the others find what it has kept
-        index = next(filter(None, (_load_fresh(layout, file) for file in files)), None)
+        index, unusable = _kept(layout, files)
+        for line in unusable:
+            print(f"{line}; the data is indexed anew", file=sys.stderr, flush=True)
         return index or _build(layout, files)
 
 
@@ -171,20 +181,12 @@ def _build(layout: Layout, files: list[Path]) -> ImageIndex:
         scan = layout.scan()
     finally:
         patience.cancel()
-    metadata = {
-        "version": VERSION,
-        "kind": layout.index_class.__name__,
-        "classes": json.dumps(scan.classes),
-        "archives": json.dumps(scan.archives),
-        "sources": json.dumps([_stamp(path, layout.root) for path in scan.sources]),
-        "began": str(began),
-    }
     problems = []
     for file in files:
         temporary = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(scan.arrays, temporary, metadata=metadata)
+            _save(layout, scan, began, temporary)
             temporary.chmod(0o644)  # whoever can read the data
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
@@ -196,45 +198,102 @@ def _build(layout: Layout, files: list[Path]) -> ImageIndex:
     raise UserError(f"the index cannot be kept ({'; '.join(problems)}); set DATA.CACHE_DIR to a folder with space")
 
 
-def _load(index_class: type[ImageIndex], root: Path, file: Path) -> tuple[ImageIndex, dict[str, str]]:
-    with safe_open(file, framework="pt") as content:  # torch's tensors are views of the mapped file
-        metadata = content.metadata() or {}
-        if metadata.get("version") != VERSION or metadata.get("kind") != index_class.__name__:
-            raise ValueError("another version")
-        arrays = {key: content.get_tensor(key).numpy() for key in content.keys()}  # noqa: SIM118
-    return index_class(root, json.loads(metadata["classes"]), arrays, json.loads(metadata["archives"]), file), metadata
+def _save(layout: Layout, scan: Scan, began: float, file: Path) -> None:
+    metadata = {
+        "version": VERSION,
+        "kind": layout.index_class.__name__,
+        "classes": json.dumps(scan.classes),
+        "archives": json.dumps(scan.archives),
+        "sources": json.dumps([_stamp(path, layout.root) for path in scan.sources]),
+        "left_out": json.dumps(scan.left_out),
+        "began": str(began),
+    }
+    save_file(scan.arrays, file, metadata={**metadata, "checksum": _checksum(metadata, scan.arrays)})
+
+
+def _checksum(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
+    for key, array in sorted(arrays.items()):
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(array)
+    return digest.hexdigest()
+
+
+def _load(
+    index_class: type[ImageIndex], root: Path, file: Path, checksum: str | None = None
+) -> tuple[ImageIndex, dict[str, str]]:
+    """The index in a file, and what is written beside it; with a ``checksum`` that has been verified, this one.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged, another one or of another version; the message is a line about that.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(file)
+    try:
+        with safe_open(file, framework="pt") as content:  # torch's tensors are views of the mapped file
+            metadata = content.metadata() or {}
+            arrays = {key: content.get_tensor(key).numpy() for key in content.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"the index {file} is damaged ({error})") from error
+    if metadata.get("version") != VERSION or metadata.get("kind") != index_class.__name__:
+        raise ValueError(f"the index {file} is of another version")
+    said = metadata.pop("checksum", "")
+    if said != (checksum or _checksum(metadata, arrays)):
+        raise ValueError(f"the index {file} is damaged (its checksum is wrong)")
+    index = index_class(root, json.loads(metadata["classes"]), arrays, json.loads(metadata["archives"]), file)
+    index.left_out, index.checksum = json.loads(metadata["left_out"]), said
+    return index, metadata
 
 
 def _reopen(
-    index_class: type[ImageIndex], root: Path, file: Path, classes: list[str], labels: np.ndarray | None
+    index_class: type[ImageIndex],
+    root: Path,
+    file: Path,
+    checksum: str,
+    classes: list[str],
+    labels: np.ndarray | None,
 ) -> ImageIndex:
-    index = _load(index_class, root, file)[0]
+    try:
+        index = _load(index_class, root, file, checksum)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"the index {file} was changed during the run; start again") from error
     index.classes, index.labels = classes, index.labels if labels is None else labels
     return index
 
 
-def _load_fresh(layout: Layout, file: Path) -> ImageIndex | None:
-    """The index in ``file``, or None when there is none, or it is of other data or of an earlier state of it."""
-    try:
-        index, metadata = _load(layout.index_class, layout.root, file)
-        sources = json.loads(metadata["sources"])
-        newest = max((stamp[1] for stamp in sources if stamp[1] < 1e9 * time.time()), default=0) / 1e9
-        if newest > float(metadata["began"]) - RACY_SECONDS:
-            return None
-        if index.archives != [os.path.relpath(path, layout.root) for path in layout.archives]:
-            return None
-        if any(stamp != _stamp(layout.root / stamp[0], layout.root) for stamp in sources):
-            return None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
-    return index
+def _kept(layout: Layout, files: list[Path]) -> tuple[ImageIndex | None, list[str]]:
+    """The first index in ``files`` that is of the data as it is, if any; and a line for each that cannot be used."""
+    unusable = []
+    for file in files:
+        try:
+            index, metadata = _load(layout.index_class, layout.root, file)
+        except OSError:  # there is none
+            continue
+        except ValueError as error:
+            unusable.append(str(error))
+            continue
+        if _is_fresh(layout, index, metadata):
+            return index, []
+    return None, unusable
+
+
+def _is_fresh(layout: Layout, index: ImageIndex, metadata: dict[str, str]) -> bool:
+    """Whether the data has not changed since it was indexed."""
+    sources = json.loads(metadata["sources"])
+    newest = max((stamp[1] for stamp in sources if stamp[1] < 1e9 * time.time()), default=0) / 1e9
+    if newest > float(metadata["began"]) - RACY_SECONDS:
+        return False
+    if index.archives != [os.path.relpath(path, layout.root) for path in layout.archives]:
+        return False
+    return all(stamp == _stamp(layout.root / stamp[0], layout.root) for stamp in sources)
 
 
 def _stamp(path: Path, root: Path) -> list:
     """What changes when a file, or the list of files in a folder, does; or when one appears that was not there."""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return [os.path.relpath(path, root), 0, -1]
     return [os.path.relpath(path, root), status.st_mtime_ns, 0 if path.is_dir() else status.st_size]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data import imagenet
+from data.files import folders_above, is_companion, list_folder
 from data.folder import FolderLayout
 from data.index import Layout
 from data.tar import TarLayout
@@ -42,25 +43,27 @@ def missing(root: Path, split: str, layout: str) -> UserError:
 
 def _folder(root: Path, split: str) -> Layout | None:
     folder = root / split
-    if not folder.is_dir() or (_tars(folder) and not any(path.is_dir() for path in folder.iterdir())):
+    if os.path.islink(folder) and not os.path.exists(folder):
+        raise UserError(f"{folder} is a link that leads nowhere; mend or remove it")
+    if not os.path.isdir(folder) or (_tars(folder) and not list_folder(folder, folders_above(folder)).folders):
         return None
     return FolderLayout(root, split)
 
 
 def _zip(root: Path, split: str) -> Layout | None:
     archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
-    if not archive.exists() and not map_file.exists():
+    if not os.path.lexists(archive) and not os.path.lexists(map_file):
         return None
     for path, other in ((archive, map_file), (map_file, archive)):
-        if not path.exists():
+        if not os.path.lexists(path):
             raise UserError(f"{other} is there, but not {path}; the zip layout needs both (see docs/data.md)")
     return ZipLayout(root, split)
 
 
 def _official(root: Path, split: str) -> Layout | None:
-    if split == "train" and (root / imagenet.TRAIN).exists():
+    if split == "train" and os.path.lexists(root / imagenet.TRAIN):
         return imagenet.OfficialTrainLayout(root)
-    if split == "val" and (root / imagenet.VAL).exists():
+    if split == "val" and os.path.lexists(root / imagenet.VAL):
         return imagenet.OfficialValLayout(root)
     return None
 
@@ -73,8 +76,12 @@ def _tar(root: Path, split: str) -> Layout | None:
 
 def _tars(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
     def names() -> Iterator[str]:
-        if folder.is_dir():
-            yield from (name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith("."))
+        if not os.path.isdir(folder):
+            return
+        try:
+            yield from (name for name in os.listdir(folder) if name.endswith(".tar") and not is_companion(name))
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read: {error.strerror}") from error
 
     return [folder / name for name in sorted(names()) if wanted(name)]
 

@@ -94,6 +94,7 @@ class _Loader:
         self.device_stage = device_stage
         self.on_bad_image = on_bad_image
         self.skipped = 0
+        self.looked_at = self.turned = 0  # images of the first epoch, and those of them that EXIF says are turned
         self.num_workers = num_workers
 
     @property
@@ -108,9 +109,9 @@ class _Loader:
         forks = self.num_workers > 0 and sys.platform == "linux"
         ring = None
         if forks:
-            size = self.dataset.transform.size
+            height, width = self.dataset.transform.size
             blocks = PREFETCH_FACTOR * self.num_workers + BATCHES_IN_USE
-            ring = Ring(blocks, (self.batches.batch_size, size, size, 3))
+            ring = Ring(blocks, (self.batches.batch_size, height, width, 3))
         loader = DataLoader(
             BatchDataset(self.dataset, ring),
             batch_size=None,  # the sampler's items are whole batches
@@ -134,6 +135,8 @@ class _Loader:
             for line in batch.report.bad:
                 self.on_bad_image(line)
                 self.skipped += 1
+            self.looked_at += sum(orientation > 0 for orientation in batch.report.orientations)
+            self.turned += sum(orientation > 1 for orientation in batch.report.orientations)
             if batch.report.failure:
                 raise UserError(batch.report.failure)
             if len(batch.targets):

@@ -37,7 +37,7 @@ class DeviceStage:
         fill: Sequence[int] = (0, 0, 0),
         interpolation: str = "bicubic",
         erase: str = "const",
-        image_size: int = 0,
+        image_size: tuple[int, int] = (0, 0),
         seed: int = 0,
     ):
         self.device = device
@@ -47,7 +47,7 @@ class DeviceStage:
         self.interpolation, self.erase = interpolation, erase
         if erase != "const":
             generator = torch.Generator().manual_seed(derive_seed(seed, "erasing"))
-            self.noise = torch.randn(NOISE_OFFSETS + 3 * image_size**2, generator=generator).to(device)
+            self.noise = torch.randn(NOISE_OFFSETS + 3 * math.prod(image_size), generator=generator).to(device)
 
     def __call__(self, images: Tensor, plans: Sequence[Plan]) -> Tensor:
         images = images.to(self.device, non_blocking=True)
@@ -88,7 +88,7 @@ def apply(images: Tensor, operations: Sequence[Sequence[Operation]], fill: Tenso
         for i, of_image in enumerate(operations):
             if number < len(of_image):
                 kind, arguments = OPERATIONS[of_image[number].name]
-                kinds[kind].append((i, arguments(of_image[number].argument, images.shape[-1])))
+                kinds[kind].append((i, arguments(of_image[number].argument, *images.shape[-2:])))
         rounds += kinds.items()
     # One copy to the device for all of it, since each copy costs as much as a kernel
     flat = torch.tensor([(i, *arguments) for _, members in rounds for i, arguments in members], dtype=torch.float32)
@@ -221,20 +221,20 @@ def taps(position: Tensor, interpolation: str) -> tuple[Tensor, list[Tensor]]:
     return first.long() - 1, weights
 
 
-def _plain(argument: float | None, size: int) -> tuple[float, ...]:
+def _plain(argument: float | None, height: int, width: int) -> tuple[float, ...]:
     return (argument or 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def _desaturate(argument: float, size: int) -> tuple[float, ...]:
-    return _plain(min(1.0, max(0.0, 1.0 - argument)), size)
+def _desaturate(argument: float, height: int, width: int) -> tuple[float, ...]:
+    return _plain(min(1.0, max(0.0, 1.0 - argument)), height, width)
 
 
-def _rotation(degrees: float, size: int) -> tuple[float, ...]:
-    cos, sin, centre = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), size / 2
-    return cos, -sin, centre - cos * centre + sin * centre, sin, cos, centre - sin * centre - cos * centre
+def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
+    cos, sin, x, y = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), width / 2, height / 2
+    return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
-OPERATIONS: dict[str, tuple[Callable, Callable[[float | None, int], tuple[float, ...]]]] = {
+OPERATIONS: dict[str, tuple[Callable, Callable[[float | None, int, int], tuple[float, ...]]]] = {
     "AutoContrast": (autocontrast, _plain),
     "Equalize": (equalize, _plain),
     "Invert": (invert, _plain),
@@ -254,9 +254,9 @@ OPERATIONS: dict[str, tuple[Callable, Callable[[float | None, int], tuple[float,
     "Sharpness": (sharpness, _plain),
     "SharpnessIncreasing": (sharpness, _plain),
     "Desaturate": (colour, _desaturate),
-    "ShearX": (warp, lambda factor, size: (1, factor, 0, 0, 1, 0)),
-    "ShearY": (warp, lambda factor, size: (1, 0, 0, factor, 1, 0)),
-    "TranslateXRel": (warp, lambda share, size: (1, 0, share * size, 0, 1, 0)),
-    "TranslateYRel": (warp, lambda share, size: (1, 0, 0, 0, 1, share * size)),
+    "ShearX": (warp, lambda factor, height, width: (1, factor, 0, 0, 1, 0)),
+    "ShearY": (warp, lambda factor, height, width: (1, 0, 0, factor, 1, 0)),
+    "TranslateXRel": (warp, lambda share, height, width: (1, 0, share * width, 0, 1, 0)),
+    "TranslateYRel": (warp, lambda share, height, width: (1, 0, 0, 0, 1, share * height)),
 }
-"""timm's operations: who carries each out, and with which (six) numbers for an argument and a square image's size."""
+"""timm's operations: who carries each out, and with which (six) numbers for an argument and an image's size."""

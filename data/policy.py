@@ -23,6 +23,7 @@ from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import ColorJitter
 
 from utils.errors import UserError
+from utils.image_size import height_and_width
 
 NOISE_OFFSETS = 2**22
 """From how many places a patch of noise may begin."""
@@ -66,7 +67,7 @@ def build_policy(config) -> list[Callable]:
     Raises:
         UserError: timm does not know AUG.AUTO_AUGMENT.
     """
-    aug, size = config.AUG, config.DATA.IMG_SIZE
+    aug, size = config.AUG, min(height_and_width(config.DATA.IMG_SIZE))
     name = "" if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT
     transforms: list[Callable] = []
     if name:

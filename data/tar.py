@@ -3,15 +3,22 @@
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
-from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name, is_image
+from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name
+from data.files import check_is_file, folders_above, is_data, is_image, list_folder, type_of
 from data.index import Layout, Scan
 from utils.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
+CHUNK = 2**20
+LABEL = ".cls"
+MAX_LABEL_BYTES = 64
+VOLUME_LABEL, FOLDER_DUMP = b"V", b"D"
+"""Kinds of members that GNU tar writes beside files: a name of the whole tar, and the list of a folder's files."""
 
 
 class TarIndex(ArchiveIndex):
@@ -40,6 +47,15 @@ def _size(header: bytes) -> int:
         return -1
 
 
+class Sample(NamedTuple):
+    """An image in a tar: where its bytes are, and the class that a file beside it states, if one does."""
+
+    name: str
+    offset: int
+    length: int
+    label: str
+
+
 class TarLayout(Layout):
     """The tar files ``archives``, all below ``root``."""
 
@@ -50,40 +66,100 @@ class TarLayout(Layout):
 
     def scan(self) -> Scan:
         members = Members(self.root, self.archives)
-        numbered = False
+        labelled = unlabelled = ""  # the first image of each kind
         for number, path in enumerate(self.archives):
-            with open_tar(path) as file:
-                images: dict[str, tuple[str, int, int]] = {}
-                labels: dict[str, str] = {}
-                for member in read_members(file, path):
-                    key = member.name.partition(".")[0] if "/" not in member.name else _key(member.name)
-                    if member.name.endswith(".cls"):
-                        labels[key] = _class_number(file, member, path)
-                    elif is_image(member.name):
-                        images[member.name] = (key, member.offset_data, member.size)
-            for member_name, (key, offset, length) in images.items():
-                label, name = class_and_name(member_name)
-                label = labels.get(key, label) or _wordnet_id(path)
-                numbered |= key in labels
+            for image in read_samples(path, members.left_out):
+                if image.label:
+                    labelled = labelled or f"{path}:{image.name}"
+                else:
+                    unlabelled = unlabelled or f"{path}:{image.name}"
+                folder, name = class_and_name(image.name)
+                label = image.label or folder or _wordnet_id(path)
                 if not label:
                     raise UserError(
-                        f"{path}:{member_name} has no class: it needs a folder CLASS/ before its name or a file "
-                        f"{key}.cls beside it (see docs/data.md)"
+                        f"{path}:{image.name} has no class: it needs a folder CLASS/ before its name or a file "
+                        f"{_stem(image.name)}{LABEL} beside it (see docs/data.md)"
                     )
-                members.add(label, name, number, offset, length)
+                members.add(label, name, number, image.offset, image.length)
         if not members.names:
             raise UserError(f"{self.archives[0]} holds no image; expected CLASS/NAME.jpg inside (see docs/data.md)")
         classes = sorted(members.classes)
-        if numbered:
-            if not all(name.isdecimal() for name in classes):
-                name = next(name for name in classes if not name.isdecimal())
-                raise UserError(f"{self.root} has images with a .cls file and images without one (class {name!r})")
+        if labelled:
+            if unlabelled:
+                raise UserError(f"{labelled} has a {LABEL} file beside it, but {unlabelled} has none")
             classes = [str(i) for i in range(max(map(int, classes)) + 1)]
-        return members.scan(classes)
+        return members.scan(classes, *self._folder_of_shards(members.left_out))
+
+    def _folder_of_shards(self, left_out: Counter[str]) -> list[Path]:
+        """The folder that only has this split's shards, if there is one; what else lies in it is counted."""
+        folder = self.archives[0].parent
+        if folder == self.root:
+            return []
+        entries = list_folder(folder, folders_above(folder))
+        shards = {path.name for path in self.archives}
+        left_out.update(type_of(name) for name in entries.files if name not in shards)
+        if folders := len(set(entries.folders) - shards):
+            left_out["folders"] += folders
+        return [folder]
+
+
+def read_samples(path: Path, left_out: Counter[str]) -> list[Sample]:
+    """The images of a tar in their order, each with its label where the tar has labels.
+
+    The label of ``photo.000.jpg`` is in ``photo.000.cls``, or in ``photo.cls``: WebDataset takes a name up to its first
+    dot as the key that a sample's files share, others the name up to its last. The longest key that fits counts, and
+    under it must be one image and one label.
+
+    Raises:
+        UserError: the tar is damaged, a name is there twice, two images or labels share a key, a label has no image.
+    """
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, tuple[str, str]] = {}  # by key: the file's name and the class
+    with open_tar(path) as file:
+        for name, member in members_once(file, path, lambda name: is_image(name) or _is_label(name), left_out):
+            if is_image(name):
+                images[name] = member.offset_data, member.size
+                continue
+            key = _stem(name)
+            if key in labels:
+                raise UserError(f"{path} holds two labels of one image, {labels[key][0]} and {name}; remove one")
+            labels[key] = name, _class_number(file, member, path)
+    image_of: dict[str, str] = {}
+    samples = []
+    for name, (offset, length) in images.items():
+        key = next((key for key in _keys(name) if key in labels), None)
+        if key is not None and image_of.setdefault(key, name) != name:
+            raise UserError(
+                f"{path} holds two images of the one label {labels[key][0]}, {image_of[key]} and {name}; "
+                "a sample is one image and one label"
+            )
+        samples.append(Sample(name, offset, length, labels[key][1] if key is not None else ""))
+    for key, (name, _) in labels.items():
+        if key not in image_of:
+            raise UserError(f"{path} holds a label without an image, {name}; add the image or remove the label")
+    return samples
+
+
+def _stem(name: str) -> str:
+    """The name without its last ending."""
+    return os.path.splitext(name)[0]
+
+
+def _keys(name: str) -> Iterator[str]:
+    """What the label of an image may be called, its ending left out: ``a/b.0`` and ``a/b`` for ``a/b.0.jpg``."""
+    shorter = _stem(name)
+    while shorter != name:
+        yield shorter
+        name, shorter = shorter, _stem(shorter)
+
+
+def _is_label(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() == LABEL
 
 
 def open_tar(path: Path) -> BinaryIO:
     """The file, after a look at whether it can be an uncompressed tar."""
+    check_is_file(path)
     try:
         file = open(path, "rb")
     except OSError as error:
@@ -95,14 +171,51 @@ def open_tar(path: Path) -> BinaryIO:
     return file
 
 
-def read_members(file: BinaryIO, path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The regular files in the tar that lies in ``file`` from byte ``start`` to ``end``.
+def members_once(
+    file: BinaryIO,
+    path: Path,
+    wanted: Callable[[str], bool],
+    left_out: Counter[str],
+    start: int = 0,
+    end: int | None = None,
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Name and member of what is ``wanted`` in a tar (as :func:`read_members`); the others are counted.
 
     Raises:
-        UserError: it is cut short or damaged. ``tarfile`` alone would stop at the first bad header without a word.
+        UserError: a name is there twice, as after ``tar --update``: which of them is meant, nobody knows.
+    """
+    offsets: dict[str, int] = {}
+    for member in read_members(file, path, start, end):
+        name = str(PurePosixPath(member.name))
+        if not wanted(name):
+            left_out[type_of(name)] += 1
+            continue
+        if name in offsets:
+            raise UserError(
+                f"{path} holds {name} twice, at bytes {offsets[name]:,} and {member.offset:,}; make it anew with one"
+            )
+        offsets[name] = member.offset
+        yield name, member
+
+
+def read_members(file: BinaryIO, path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """The regular files in the tar, or the tars joined with ``cat``, in ``file`` from byte ``start`` to ``end``.
+
+    Hidden files and companions are passed over.
+
+    Raises:
+        UserError: it is cut short or damaged, or something in it is no file. ``tarfile`` alone would stop at the first
+            bad header, and at the first end mark, without a word.
     """
     file.seek(0, os.SEEK_END)
     end = file.tell() if end is None else end
+    position = yield from _read_to_end_mark(file, path, start, end)
+    while (position := _after_zeros(file, position, end)) < end:
+        position = yield from _read_to_end_mark(file, path, position, end)
+
+
+def _read_to_end_mark(file: BinaryIO, path: Path, start: int, end: int) -> Generator[tarfile.TarInfo, None, int]:
+    """Yields the files, and returns where the end mark is."""
     file.seek(start)
     tar, position = None, start
 
@@ -123,17 +236,40 @@ def read_members(file: BinaryIO, path: Path, start: int = 0, end: int | None = N
         if member.offset_data + member.size > end:
             raise damaged(f"{member.name} reaches beyond the end")
         position = tar.offset
-        if member.islnk() or member.issym():
-            if is_image(member.name):
-                raise UserError(f"{path}:{member.name} is a link; make the tar with --dereference --hard-dereference")
-        elif member.issparse():
-            raise UserError(f"{path}:{member.name} is sparse; make the tar without --sparse")
-        elif member.isreg():
+        if is_data(member.name) and _is_file(member, path):
             yield member
     file.seek(tar.offset)
     if tar.offset + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # blocks of zeros mark the end
         position = tar.offset
-        raise damaged("there is no end mark")
+        raise damaged("here is neither a file nor an end mark")
+    return tar.offset
+
+
+def _after_zeros(file: BinaryIO, position: int, end: int) -> int:
+    """Where the first block from ``position`` on is that is not all zeros; ``end`` if there is none."""
+    while position < end:
+        file.seek(position)
+        chunk = file.read(min(CHUNK, end - position))
+        if rest := chunk.lstrip(b"\0"):
+            return position + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        position += len(chunk) or end
+    return end
+
+
+def _is_file(member: tarfile.TarInfo, path: Path) -> bool:
+    """Whether it is a regular file; False for a folder and other things that hold no data."""
+    if member.isdir() or member.type in (VOLUME_LABEL, FOLDER_DUMP):
+        return False
+    if member.issym() or member.islnk():
+        raise UserError(f"{path}:{member.name} is a link; make the tar with --dereference --hard-dereference")
+    if member.issparse():
+        raise UserError(f"{path}:{member.name} is sparse; make the tar without --sparse")
+    if not member.isreg():
+        kind = {tarfile.FIFOTYPE: "a FIFO", tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device"}
+        raise UserError(
+            f"{path}:{member.name} is {kind.get(member.type, 'something unknown')}; make the tar without it"
+        )
+    return True
 
 
 def _wordnet_id(path: Path) -> str:
@@ -141,14 +277,9 @@ def _wordnet_id(path: Path) -> str:
     return path.stem if re.fullmatch(r"n\d{8}", path.stem) else ""
 
 
-def _key(member: str) -> str:
-    folder, _, name = member.rpartition("/")
-    return f"{folder}/{name.partition('.')[0]}"
-
-
 def _class_number(file: BinaryIO, member: tarfile.TarInfo, path: Path) -> str:
     file.seek(member.offset_data)
-    text = file.read(min(member.size, 64)).strip()
-    if not text.isdigit() or len(text) > MAX_CLASS_DIGITS:
+    text = file.read(min(member.size, MAX_LABEL_BYTES + 1)).strip()
+    if not text.isdigit() or len(text) > MAX_CLASS_DIGITS or member.size > MAX_LABEL_BYTES:
         raise UserError(f"{path}:{member.name} must hold the number of a class, not {text[:20]!r}")
     return str(int(text))

@@ -1,6 +1,8 @@
 """The escape hatch: random-access data sets that ``timm.data.create_dataset`` names (``hfds/...``, ``torch/...``)."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from PIL import Image
 from timm.data import create_dataset
@@ -15,10 +17,13 @@ class TimmImages:
 
     Attributes:
         classes: class names, or None where the data set does not tell.
+        left_out: nothing, since the data sets do not tell which files they do not use.
 
     Raises:
         UserError: timm cannot open it, or it is a stream.
     """
+
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, name: str, root: Path, split: str):
         self.root, self._title = root, f"{name} {split}"

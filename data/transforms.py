@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data.decoding import pil_to_tensor, tensor_to_pil
 from data.policy import Plan, Recorder, build_policy, draw_patches
+from utils.image_size import height_and_width
 
 
 @dataclass
@@ -24,7 +25,7 @@ class TrainTransform:
         recorder: draws operations to be run on the device instead.
     """
 
-    size: int
+    size: tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float]
     interpolation: InterpolationMode
@@ -35,7 +36,7 @@ class TrainTransform:
     erase_count: int
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Plan]:
-        """``(3, H, W)`` uint8 to ``(3, size, size)`` uint8 and what remains to be done to it."""
+        """``(3, H, W)`` uint8 to ``(3, *size)`` uint8 and what remains to be done to it."""
         image = self.crop_and_flip(image)
         if self.policy:
             image = self.run_policy(image)
@@ -46,7 +47,7 @@ class TrainTransform:
         image = image[None, :, top : top + height, left : left + width]
         # Resizing is twice as fast on packed pixels
         image = image.contiguous(memory_format=torch.channels_last)
-        image = F.resize(image, [self.size, self.size], self.interpolation, antialias=True)[0]
+        image = F.resize(image, list(self.size), self.interpolation, antialias=True)[0]
         return F.horizontal_flip(image) if torch.rand(1) < self.hflip else image
 
     def run_policy(self, image: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class TrainTransform:
 
     def draw_plan(self) -> Plan:
         operations = self.recorder.draw()
-        return Plan(operations, draw_patches(self.erase_probability, self.erase_count, self.size, self.size))
+        return Plan(operations, draw_patches(self.erase_probability, self.erase_count, *self.size))
 
 
 def build_train_transform(config, on_device: bool) -> TrainTransform:
@@ -65,7 +66,7 @@ def build_train_transform(config, on_device: bool) -> TrainTransform:
     aug = config.AUG
     policy = build_policy(config)
     return TrainTransform(
-        size=config.DATA.IMG_SIZE,
+        size=height_and_width(config.DATA.IMG_SIZE),
         scale=tuple(aug.SCALE),
         ratio=tuple(aug.RATIO),
         interpolation=InterpolationMode(config.DATA.INTERPOLATION),
@@ -79,23 +80,42 @@ def build_train_transform(config, on_device: bool) -> TrainTransform:
 
 @dataclass
 class EvalTransform:
-    """Resize the short side to ``resize`` (both sides, when it is a pair) and crop the centre."""
+    """Resize to ``resize`` and crop the centre of ``size``, each a height and a width.
 
-    size: int
-    resize: int | tuple[int, int]
+    ``keep_ratio`` lets the resized image be as much larger than ``resize`` as its shape needs.
+    """
+
+    size: tuple[int, int]
+    resize: tuple[int, int]
+    keep_ratio: bool
     interpolation: InterpolationMode
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Plan]:
-        """``(3, H, W)`` uint8 to ``(3, size, size)`` uint8; nothing remains to be done."""
-        resize = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-        image = F.resize(image, resize, self.interpolation, antialias=True)
-        return F.center_crop(image, [self.size, self.size]), Plan()
+        """``(3, H, W)`` uint8 to ``(3, *size)`` uint8; nothing remains to be done."""
+        height, width = image.shape[1:]
+        resize = cover(height, width, *self.resize) if self.keep_ratio else self.resize
+        image = F.resize(image, list(resize), self.interpolation, antialias=True)
+        return F.center_crop(image, list(self.size)), Plan()
+
+
+def cover(height: int, width: int, over_height: int, over_width: int) -> tuple[int, int]:
+    """The size of an image whose one side is that of what it is to cover, and whose other is as large or larger.
+
+    Fractions of a pixel are cut off, as torchvision does when it resizes the short side.
+    """
+    if height * over_width <= width * over_height:
+        return over_height, max(over_width, int(over_height * width / height))
+    return max(over_height, int(over_width * height / width)), over_width
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """Resize and crop the centre (``TEST.CROP``), or resize to a square. Five crops are for the device to make."""
-    size = config.DATA.IMG_SIZE
-    resize = round(size / config.TEST.CROP_PCT) if config.TEST.CROP else (size, size)
+    """Resize and crop the centre (``TEST.CROP``), or resize to the size that the model sees.
+
+    Five crops are for the device to make.
+    """
+    size = height_and_width(config.DATA.IMG_SIZE)
+    height, width = (round(side / config.TEST.CROP_PCT) for side in size)
+    resize = (height, width) if config.TEST.CROP else size
     if config.TEST.VIEWS == "five_crop":
         size = resize
-    return EvalTransform(size, resize, InterpolationMode(config.DATA.INTERPOLATION))
+    return EvalTransform(size, resize, config.TEST.CROP, InterpolationMode(config.DATA.INTERPOLATION))

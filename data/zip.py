@@ -1,11 +1,13 @@
 """The zip layout of the Swin family: ``train.zip`` and ``train_map.txt`` with a line ``PATH<tab>CLASS`` an image."""
 
+import os
 import struct
 import zipfile
 import zlib
 from pathlib import Path
 
 from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name
+from data.files import check_is_file, is_data, is_image, kind_of, type_of
 from data.index import Layout, Scan
 from utils.errors import UserError
 
@@ -60,42 +62,78 @@ class ZipLayout(Layout):
         members, archive = Members(self.root, self.archives), self.archives[0]
         map_file = self.root / f"{self.split}_map.txt"
         train_map = self.root / "train_map.txt"
-        names = class_names(map_file, *([train_map] if train_map.exists() else []))
-        try:
-            with zipfile.ZipFile(archive) as zipped:
-                content = {info.filename: info for info in zipped.infolist()}
-        except Exception as error:  # the module fails in arbitrary ways on arbitrary bytes
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise UserError(
-                f"{archive} cannot be read: {reason}; it is damaged or no zip file: get it again"
-            ) from error
-        for line, (path, label) in enumerate(read_map(map_file), 1):
-            info = content.get(path) or content.get(f"{self.split}/{path}")
-            if info is None:
+        names = class_names(map_file, *([train_map] if os.path.lexists(train_map) else []))
+        content = read_directory(archive)
+        line_of: dict[str, int] = {}
+        for line, path, label in read_map(map_file):
+            name_in_zip = path if path in content else f"{self.split}/{path}"
+            if name_in_zip not in content:
                 raise UserError(
                     f"{map_file}, line {line}: {archive.name} holds no {path}; mend the line or the archive"
                 )
-            if info.flag_bits & 1 or info.compress_type not in (STORED, DEFLATED):
-                raise UserError(f"{archive}:{path} is encrypted or compressed in an unusual way; zip it again with -0")
+            if name_in_zip in line_of:
+                raise UserError(f"{map_file}: lines {line_of[name_in_zip]} and {line} name the same image {path}")
+            line_of[name_in_zip] = line
+            info = _the_one_file(archive, content[name_in_zip])
             class_folder, name = class_and_name(path)
             name = name if class_folder == names[label] or not class_folder else path
             members.add(names[label], name, 0, info.header_offset, info.compress_size)
+        for name in content.keys() - line_of.keys():
+            if is_data(name) and not name.endswith("/"):
+                members.left_out[type_of(name) + f" outside of {map_file.name}" * is_image(name)] += 1
         return members.scan(names, map_file, train_map)
 
 
-def read_map(path: Path) -> list[tuple[str, int]]:
-    """The lines of a map file: path in the archive, number of the class."""
+def read_directory(archive: Path) -> dict[str, list[zipfile.ZipInfo]]:
+    """The members of a zip file by their names, of which each should have one."""
+    check_is_file(archive)
+    content: dict[str, list[zipfile.ZipInfo]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                content.setdefault(info.filename, []).append(info)
+    except Exception as error:  # the module fails in arbitrary ways on arbitrary bytes
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{archive} cannot be read: {reason}; it is damaged or no zip file: get it again") from error
+    return content
+
+
+def _the_one_file(archive: Path, members: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
+    """The member of a name, which must be one regular file that can be read at its place."""
+    info = members[0]
+    if len(members) > 1:
+        offsets = " and ".join(f"{member.header_offset:,}" for member in members[:2])
+        raise UserError(f"{archive} holds {info.filename} twice, at bytes {offsets}; make it anew with one")
+    kind = "a folder" if info.is_dir() else kind_of(info.external_attr >> 16)  # Unix's mode, where it was made there
+    if kind:
+        raise UserError(f"{archive}:{info.filename} is {kind} and not a file; make the archive without it")
+    if info.flag_bits & 1 or info.compress_type not in (STORED, DEFLATED):
+        raise UserError(f"{archive}:{info.filename} is encrypted or compressed in an unusual way; zip it again with -0")
+    return info
+
+
+def read_map(path: Path) -> list[tuple[int, str, int]]:
+    """The lines of a map file: number of the line, path in the archive, number of the class.
+
+    A byte order mark and blank lines say nothing. Lines end with ``\n`` or ``\r\n``: what else Python takes for the
+    end of a line (U+2028, say) may be in a name.
+    """
+    check_is_file(path)
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(f"{path} cannot be read: {reason}; it needs a line PATH<tab>CLASS for an image") from error
     entries = []
     for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if not line.strip(" \t"):
+            continue
         member, tab, label = line.rpartition("\t")
-        if not tab or not member or not label.strip().isdecimal() or len(label) > MAX_CLASS_DIGITS:
+        label = label.strip(" ")
+        if not tab or not member or not (label.isascii() and label.isdecimal()) or len(label) > MAX_CLASS_DIGITS:
             raise UserError(f"{path}, line {number}: expected PATH<tab>NUMBER OF THE CLASS, not {line[:80]!r}")
-        entries.append((member.removeprefix("./"), int(label)))
+        entries.append((number, member.removeprefix("./"), int(label)))
     if not entries:
         raise UserError(f"{path} is empty; it needs a line PATH<tab>CLASS for an image")
     return entries
@@ -109,10 +147,10 @@ def class_names(*map_files: Path) -> list[str]:
     entries = [read_map(path) for path in map_files]
     folder_of: dict[int, str] = {}
     consistent = True
-    for path, label in entries[-1]:
+    for _, path, label in entries[-1]:
         folder = class_and_name(path)[0]
         consistent &= bool(folder) and folder_of.setdefault(label, folder) == folder
-    count = 1 + max(label for of_file in entries for _, label in of_file)
+    count = 1 + max(label for of_file in entries for _, _, label in of_file)
     if consistent and len(folder_of) == count == len(set(folder_of.values())):
         return [folder_of[label] for label in range(count)]
     return [str(label) for label in range(count)]

@@ -13,21 +13,27 @@ from torchvision.transforms.v2.functional import five_crop
 from config import output_dir
 from data import Loaders, build_loaders
 from data.index import ImageIndex
-from data.loading import EvalLoader, naming_dead_workers
-from engine.model import compile_in_place, giga_macs, is_compiled, prepare_model, set_training_mode
+from data.loading import EvalLoader, TrainLoader, naming_dead_workers
+from engine.model import check_image_size, compile_in_place, is_compiled, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
 from engine.report import Report
+from engine.trained import as_ids, named_classes, prepared_otherwise
+from engine.validation import facts_of
 from models import load_weights
 from models.weights import classes_in
 from utils import checkpoint
 from utils.distributed import agreement, sum_over_ranks
 from utils.errors import UserError
+from utils.image_size import height_and_width
 from utils.logger import RunLog
 
 IMAGENET = ImageNetInfo("imagenet-1k").label_names()
 NUMBERS = set(map(str, range(len(IMAGENET))))
 """The WordNet ids of its 1,000 classes, in order, and these numbers as names."""
+
+NAMES = {"model": "", "ema": "the moving average in "}
+"""Weights of a file, in words before its name."""
 
 Views = Callable[[Tensor], list[Tensor]]
 """From images ``(B, 3, H, W)`` to what the model sees of them."""
@@ -42,7 +48,7 @@ class Listener(Protocol):
 
 def build_views(config) -> Views:
     """The views that ``TEST.VIEWS`` names, over whose probabilities an evaluation averages."""
-    size = [config.DATA.IMG_SIZE] * 2
+    size = list(height_and_width(config.DATA.IMG_SIZE))
     return {
         "none": lambda images: [images],
         "flip": lambda images: [images, images.flip(-1)],
@@ -122,12 +128,14 @@ def run_evaluation(config, device: torch.device) -> None:
             raise UserError(f"--eval evaluates a checkpoint: give --resume FILE, for example {example}")
         loaders = build_loaders(config, device, training=False)
         content = checkpoint.read(path)
-        candidates = {content.get("weights", "model"): checkpoint.state_dict_of(content, path)}
-        if content.get("ema"):
-            candidates["ema"] = content["ema"]
-        classes, present = number_as_the_model(loaders, content, next(iter(candidates.values())), config.MODEL.NAME)
+        candidates = checkpoint.weights_in(content, path)
+        if config.MODEL.WEIGHTS != "auto":
+            candidates = dict([checkpoint.choose(candidates, config.MODEL.WEIGHTS, path)])
+        facts = facts_of(content, path)
+        weights = next(iter(candidates.values()))
+        classes, present = number_as_the_model(loaders, content, weights, config.MODEL.NAME, path)
         model = prepare_model(config, len(classes), device)
-        giga_macs(model, config.DATA.IMG_SIZE, device)  # refuses an image size that the model does not take
+        check_image_size(model, config.DATA.IMG_SIZE, device)
         check_classes(content, classes, path)
         precision, views = choose_precision(config, device), build_views(config)
         among = torch.tensor([name in present for name in classes], device=device) if present else None
@@ -138,51 +146,87 @@ def run_evaluation(config, device: torch.device) -> None:
         loaders.val.on_bad_image = log.bad_image
     compile_in_place(config, model)
     with log, naming_dead_workers():
+        if left_out := loaders.left_out():
+            log.message(left_out)
+        if line := prepared_otherwise(content, config, path):
+            log.message(line)
+        if classes != loaders.classes:
+            log.message(f"the classes are numbered as in {path}")
         if present:
             log.message(f"only the {len(present)} of the model's {len(classes)} classes that the data has are answers")
+        turned = ""
         for weights, state_dict in candidates.items():
             with agreement():
-                load_weights(model, state_dict, path, allow_new_head=False)
+                loaded = load_weights(model, state_dict, f"{NAMES[weights]}{path}", allow_new_head=False)
+            for line in loaded.notes:
+                log.message(f"{weights} of {path}: {line}")
             result = evaluate(model, loaders.val, precision, views, among, [x for x in (report, real) if x])
+            with agreement():
+                if not math.isfinite(result["loss"]):
+                    where = f"{NAMES[weights]}{path}"
+                    raise UserError(f"{where} gives answers that are not finite; take an earlier one, or try AMP none")
+            turned = turned or describe_turned(loaders.val, config)  # the first pass over the images has told it
             note = f"{weights} of {path}"
             if real:
                 result |= real.read()
                 note = f"{describe_real(result)}  {note}"
-            values = {"step": content.get("step"), "epoch": content.get("epoch"), "weights": weights, **result}
+            values = {"step": facts.get("step"), "epoch": facts.get("epoch"), "weights": weights, **result}
             log.evaluation(values, note, checkpoint=path)
             if report:
                 log.message(report.write(output_dir(config) / f"report_{weights}"))
+        if turned:
+            log.message(turned)
+
+
+def describe_turned(loader: EvalLoader | TrainLoader, config) -> str:
+    """A line that says how many images of the first pass EXIF says are turned; empty for none. A collective."""
+    counts = sum_over_ranks(torch.tensor([loader.looked_at, loader.turned]))
+    looked_at, turned = counts.tolist()
+    if not turned:
+        return ""
+    done = "they were" if config.DATA.UPRIGHT else "they were not: DATA.UPRIGHT True does so"
+    return f"EXIF says of {turned:,} of {looked_at:,} images that they are to be turned or mirrored; {done}"
 
 
 def number_as_the_model(
-    loaders: Loaders, content: dict, weights: dict[str, Tensor], name: str
+    loaders: Loaders, content: dict, weights: dict[str, Tensor], name: str, path: str
 ) -> tuple[list[str], set[str]]:
     """Number the images' classes like the model ``name`` where the data has some of its classes only, or in disorder.
 
     So a model of ImageNet's 1,000 classes is evaluated on ImageNet-A and -R, which have 200 of them, and on
-    ImageNet-V2, whose folders are named by their numbers.
+    ImageNet-V2, whose folders are named by their numbers. What a file says of its classes goes before their order on
+    disk.
 
     Returns:
         the classes of the model, and those that the data has if it has not all of them.
     """
-    images, known = loaders.val.dataset.index, content.get("classes")
-    if known is None and classes_in(weights, name) == len(IMAGENET):
+    images, num_classes = loaders.val.dataset.index, classes_in(weights, name)
+    known = named_classes(content, num_classes, path)
+    if known is None and num_classes == len(IMAGENET):
         known = IMAGENET
-    if known is None or known == loaders.classes or not isinstance(images, ImageIndex):
+    if known is None or known == loaders.classes:
         return loaders.classes, set()
+    if not isinstance(images, ImageIndex):  # where it does not name its classes, their numbers are the model's
+        return known if images.classes is None else loaders.classes, set()
     present = loaders.classes
-    if known == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
-        present = images.rename_classes([IMAGENET[int(number)] for number in present]).classes
+    if as_ids(known) == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
+        known, present = IMAGENET, images.rename_classes([IMAGENET[int(number)] for number in present]).classes
     if not set(present) <= set(known):
-        return loaders.classes, set()
+        ids = as_ids(known), as_ids(present)
+        if None in ids or not set(ids[1]) <= set(ids[0]):
+            return loaders.classes, set()
+        known, present = ids[0], images.rename_classes(ids[1]).classes  # words in one place, WordNet ids in the other
+    if len(set(known)) < len(known):
+        twice = next(name for name in known if known.count(name) > 1)
+        raise UserError(f"{path}: two of its classes are called {twice!r}, so that the data's cannot be told apart")
     images.with_classes(known)
     return known, set(present) if len(present) < len(known) else set()
 
 
 def check_classes(content: dict, classes: list[str], path: str) -> None:
-    """Refuse a checkpoint of ours that was trained on other classes than the data has."""
-    trained_on = content.get("classes", classes)
-    if trained_on != classes and len(trained_on) == len(classes):
+    """Refuse a checkpoint that was trained on other classes than the data has."""
+    trained_on = named_classes(content, None, path) or classes
+    if classes not in (trained_on, as_ids(trained_on)) and len(trained_on) == len(classes):
         i = next(i for i, (a, b) in enumerate(zip(trained_on, classes, strict=True)) if a != b)
         raise UserError(
             f"{path} was trained on other classes: its class {i} is {trained_on[i]!r}, the data's {classes[i]!r}"

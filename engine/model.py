@@ -1,15 +1,20 @@
 """A model on its device, ready for a loop."""
 
 import copy
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from utils.distributed import world_size
 from utils.errors import UserError
+from utils.image_size import describe_size, height_and_width
 from utils.randomness import seed_everything
 
 
@@ -73,33 +78,103 @@ def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def giga_macs(model: nn.Module, image_size: int, device: torch.device) -> float:
-    """Multiply-accumulates of one forward pass of one image, in units of 1e9.
+def check_image_size(model: nn.Module, image_size: int | Sequence[int], device: torch.device) -> None:
+    """Find out with an empty image whether the model takes images of this size.
+
+    Raises:
+        UserError: it does not.
+    """
+    was_training = model.training
+    model.eval()
+
+    def failure(size: Sequence[int]) -> Exception | None:
+        try:
+            model(torch.zeros(1, 3, *size, device=device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # models say it in arbitrary ways
+            return error
+        return None
+
+    try:
+        error = failure(height_and_width(image_size))
+        if error is None:
+            return
+        own, shown = model.pretrained_cfg["input_size"][1:], describe_size(image_size)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if failure(own) is not None:  # so it is not the size
+            raise error
+        raise UserError(
+            f"DATA.IMG_SIZE {shown}: the model does not take it: {reason}; it takes {describe_size(own)}"
+            f"{_another_size(image_size) if model.pretrained_cfg.get('fixed_input_size') else ''}"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def _another_size(image_size: int | Sequence[int]) -> str:
+    return f", or this with --opts MODEL.KWARGS '{{img_size: {image_size}}}' where it is a vision transformer"
+
+
+def giga_macs(model: nn.Module, image_size: int | Sequence[int], device: torch.device) -> float:
+    """Multiply-accumulates of one forward pass of one image, in units of 1e9; NaN when they cannot be counted.
 
     Raises:
         UserError: the model does not take images of this size.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, image_size, image_size, device=device))
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"DATA.IMG_SIZE {image_size}: the model does not take it: {error}") from error
-    finally:
-        model.train(was_training)
-    return counter.get_total_flops() / 2e9
+    check_image_size(model, image_size, device)
+    with suppress(Exception):  # what cannot be counted can be computed, as has been seen
+        return _count(copy.deepcopy(model).to("meta").eval(), 1, image_size)
+    return float("nan")
 
 
-@torch.no_grad()
-def training_giga_macs(model: nn.Module, image_size: int, batch_size: int) -> float:
-    """What training's forward pass takes of a batch for one image, in units of 1e9.
+def training_giga_macs(model: nn.Module, image_size: int | Sequence[int], batch_size: int) -> float:
+    """What training's forward pass takes of a batch for one image, in units of 1e9; NaN when it cannot be counted.
 
-    A CrossFormer does not compute what stochastic depth drops. Counted on a copy without data.
+    A CrossFormer does not compute what stochastic depth drops.
     """
-    twin = copy.deepcopy(model).to("meta").train()
-    with FlopCounterMode(display=False) as counter:
-        twin(torch.zeros(batch_size, 3, image_size, image_size, device="meta"))
+    with suppress(Exception):
+        return _count(copy.deepcopy(model).to("meta").train(), batch_size, image_size)
+    return float("nan")
+
+
+def _count(twin: nn.Module, batch_size: int, image_size: int | Sequence[int]) -> float:
+    """Giga-MACs for each image, counted on a ``twin`` of the model that has no data and none of its gradients.
+
+    torch's counter asks for the gradient function of every tensor that wants a gradient and enters a module, and a
+    parameter, as a class token is, has none.
+    """
+    # Attention as two matrix products: of a kernel that does both, not every torch counts them
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        twin.requires_grad_(False)(torch.zeros(batch_size, 3, *height_and_width(image_size), device="meta"))
     return counter.get_total_flops() / 2e9 / batch_size
+
+
+def describe_gmac(gmac: float, image_size: int | Sequence[int]) -> str:
+    """For a person."""
+    return f"{'unknown' if math.isnan(gmac) else f'{gmac:.3g}'} GMAC at {describe_size(image_size)}"
+
+
+def check_smallest_batch(config, model: nn.Module, images: int) -> None:
+    """Find out whether the model can be trained on batches of so many ``images``, without computing anything.
+
+    Raises:
+        UserError: it normalises over the batch (BatchNorm), which takes more than one.
+    """
+    if images > 1:
+        return
+
+    def trains_on(count: int) -> bool:
+        try:
+            twin(torch.zeros(count, 3, *height_and_width(config.DATA.IMG_SIZE), device="meta"))
+        except Exception:
+            return False
+        return True
+
+    twin = copy.deepcopy(model).to("meta")
+    set_training_mode(twin)
+    if not trains_on(1) and trains_on(2):
+        raise UserError(
+            f"MODEL.NAME {config.MODEL.NAME} normalises over the batch (BatchNorm) and cannot be trained on one image "
+            "at a time: use --batch-size 2 or more"
+        )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from utils.distributed import is_main, sum_over_ranks
 from utils.errors import UserError
+from utils.names import PLAIN_TEXT, drawable, harmless
 
 BINS = 15
 LOWEST_NAMED = 15
@@ -98,8 +99,7 @@ def expected_calibration_error(bins: list[tuple[float, float, int]]) -> float:
 def write_csv(path: Path, header: list[str], rows) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([harmless(cell) for cell in row] for row in (header, *rows))
 
 
 def draw(path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarray, bins: list, title: str) -> None:
@@ -109,6 +109,13 @@ def draw(path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarr
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    with plt.rc_context(PLAIN_TEXT):
+        draw_panels(plt, path, [shortened(name) for name in names], confusion, accuracy, bins, title)
+
+
+def draw_panels(
+    plt, path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarray, bins: list, title: str
+) -> None:
     figure, (matrix, lowest, reliability) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     figure.suptitle(title)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -116,11 +123,11 @@ def draw(path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarr
     figure.colorbar(drawn, ax=matrix, label="share of the true class")
     matrix.set(title="confusion matrix", xlabel="predicted class", ylabel="true class")
     if len(names) <= 20:
-        short = [shortened(name) for name in names]
-        matrix.set_xticks(range(len(names)), short, rotation=90)
-        matrix.set_yticks(range(len(names)), short)
+        matrix.set_xticks(range(len(names)), names, rotation=90)
+        matrix.set_yticks(range(len(names)), names)
     order = np.argsort(accuracy, kind="stable")[:LOWEST_NAMED][::-1]
-    lowest.barh([shortened(names[i]) for i in order], 100 * accuracy[order], color="#8ec5f4")
+    lowest.barh(range(len(order)), 100 * accuracy[order], color="#8ec5f4")
+    lowest.set_yticks(range(len(order)), [names[i] for i in order])
     lowest.set(title=f"the {len(order)} classes with the lowest accuracy", xlabel="accuracy (%)", xlim=(0, 100))
     confidence, hit, count = (np.array(column) for column in zip(*bins, strict=True))
     reliability.plot([0, 100], [0, 100], "--", color="grey", linewidth=1, label="perfectly calibrated")
@@ -134,4 +141,6 @@ def draw(path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarr
 
 
 def shortened(name: str) -> str:
+    """As a picture has room for."""
+    name = drawable(name)
     return name if len(name) <= 24 else f"{name[:23]}…"

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.optim import Optimizer
 
-from config import MUST_STAY, differing_settings, may_change
+from config import MUST_STAY, default_config, differing_settings, flatten, may_change, settings_in
+from engine import validation
 from engine.ema import Ema
 from models import load_weights
+from utils.checkpoint import choose, weights_in
 from utils.distributed import broadcast_from_main
 from utils.errors import UserError
 
@@ -75,18 +76,20 @@ class TrainState:
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
         """Be as when ``content`` was saved."""
-        load_weights(self.model, content["model"], str(path), allow_new_head=False)
+        if self.ema and not content.get("ema"):
+            raise UserError(f"{path} holds no moving average, but TRAIN.EMA_DECAY is set; keep it at 0 or start anew")
+        optimizer_state = validation.optimizer_state(content["optimizer"], self.optimizer, path)
+        scale = validation.check_scaler(content["scaler"], path)
+        weights = weights_in(content, path)
+        load_weights(self.model, choose(weights, "model", path)[1], str(path), allow_new_head=False)
         if self.ema:
-            if not content.get("ema"):
-                raise UserError(
-                    f"{path} holds no moving average, but TRAIN.EMA_DECAY is set; keep it at 0 or start anew"
-                )
-            load_weights(self.ema.module, content["ema"], str(path), allow_new_head=False)
+            average = choose(weights, "ema", path)[1]
+            load_weights(self.ema.module, average, f"the moving average in {path}", allow_new_head=False)
         configured = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.optimizer.load_state_dict(optimizer_state)
         for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(settings)  # weight decay and the like come from the config, not from the file
-        self.scaler.load_state_dict(content["scaler"] or self.scaler.state_dict())
+        self.scaler.load_state_dict(scale or self.scaler.state_dict())
         self.step, self.best_top1 = content["step"], content["best_top1"]
         self.evaluated_step = content["evaluated_step"]
         self.carried = {key: content[key] for key in CARRIED if key in content}
@@ -113,6 +116,7 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int, sa
             f"{path} holds no {missing[0]}, so a run cannot carry on from it: "
             "to start a run from its weights use --pretrained instead of --resume"
         )
+    validation.check_fields(content, path)
     lines = []
     if content["images"] != images:
         problem = f"{path} was trained on {content['images']:,} images, DATA.DATA_PATH has {images:,}"
@@ -140,8 +144,8 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int, sa
 
 def images_of_a_process(dumped: str) -> int:
     """How many images each process takes in a step, as a dumped config says."""
-    config = yaml.safe_load(dumped)
-    return config["DATA"]["BATCH_SIZE"] * config["TRAIN"]["ACCUMULATION_STEPS"]
+    settings = flatten(default_config()) | settings_in(dumped, "the checkpoint")
+    return settings["DATA.BATCH_SIZE"] * settings["TRAIN.ACCUMULATION_STEPS"]
 
 
 def step_after(content: dict[str, Any], global_batch: int, steps_per_epoch: int) -> int:

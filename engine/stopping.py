@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from utils.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
@@ -166,6 +169,16 @@ class StopRequest:
             self._deferred = True  # once is enough
             raise Stopped(self)
 
+    def _rescued(self) -> tuple[int, str]:
+        """The exit status after what could be saved is, and what to say of it."""
+        try:
+            text = self.rescue()
+        except UserError as error:
+            return 2, f"error: {error}"
+        except Exception as error:  # a bug of ours, and nobody else to tell of it
+            return 1, "".join(traceback.format_exception(error)).rstrip()
+        return self.status, text
+
     def _guard(self) -> None:
         first = None
         while True:
@@ -174,7 +187,7 @@ class StopRequest:
             if not select.select([self._wake_up], [], [], left if waits else None)[0]:
                 if not self._answered.is_set():
                     self._stopped_by = self.signal
-                    self.leave(self.status, self.rescue())
+                    self.leave(*self._rescued())
                 continue
             number = self._wake_up.recv(1)[0]
             if number == END:

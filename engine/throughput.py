@@ -1,6 +1,7 @@
 """How fast the configured model runs on this device, on synthetic images."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,12 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from config import output_dir
-from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, training_giga_macs
+from engine.model import (
+    begin_step,
+    check_smallest_batch,
+    compile_in_place,
+    describe_gmac,
+    giga_macs,
+    prepare_model,
+    training_giga_macs,
+)
 from engine.precision import choose_precision
 from engine.train import build_criterion, update_weights
+from models import left_out
 from optimizer import build_optimizer
 from utils.distributed import world_size
 from utils.errors import UserError
+from utils.image_size import height_and_width
 from utils.logger import RunLog
 from utils.meters import peak_memory_bytes
 
@@ -36,14 +47,15 @@ def run_throughput(config, device: torch.device) -> dict:
     classes = config.MODEL.NUM_CLASSES or 1000
     model = prepare_model(config, classes, device)
     gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
+    check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
     training_gmac = training_giga_macs(model, config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE)
     optimizer, scaler = build_optimizer(config, model), precision.scaler()
     parameters = list(model.parameters())
     criterion = build_criterion(config, soft_targets=False)
     compile_in_place(config, model)
 
-    batch_size, size = config.DATA.BATCH_SIZE, config.DATA.IMG_SIZE
-    images = torch.randn(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    batch_size, size = config.DATA.BATCH_SIZE, height_and_width(config.DATA.IMG_SIZE)
+    images = torch.randn(batch_size, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(classes, (batch_size,), device=device)
 
     @torch.inference_mode()
@@ -60,13 +72,16 @@ def run_throughput(config, device: torch.device) -> dict:
 
     log = RunLog(output_dir(config), config, "throughput")
     runs = WARM_UP_RUNS + 1 + REPEATS
-    log.message(f"timing {config.MODEL.NAME} on batches of {batch_size} at {size} x {size}, at least {runs} runs each")
+    for line in left_out(config):
+        log.message(line)
+    shown = f"{size[0]} x {size[1]}"
+    log.message(f"timing {config.MODEL.NAME} on batches of {batch_size} at {shown}, at least {runs} runs each")
     result = {
         "model": config.MODEL.NAME,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gmac": gmac,
-        "training_gmac": training_gmac,
-        "image_size": size,
+        "gmac": none_if_unknown(gmac),
+        "training_gmac": none_if_unknown(training_gmac),
+        "image_size": config.DATA.IMG_SIZE,
         "batch_size": batch_size,
         "precision": precision.name,
         "compile": config.TRAIN.COMPILE,
@@ -84,7 +99,7 @@ def run_throughput(config, device: torch.device) -> dict:
         result[name] = {
             "images_per_second": 1e3 * batch_size / median,
             "milliseconds": {"median": median, "min": min(milliseconds), "max": max(milliseconds)},
-            "tflops": 2 * work * batch_size / median,  # GMAC / ms is TMAC / s
+            "tflops": none_if_unknown(2 * work * batch_size / median),  # GMAC / ms is TMAC / s
             "peak_memory_bytes": peak_memory_bytes(device),
         }
     print_table(result)
@@ -92,6 +107,11 @@ def run_throughput(config, device: torch.device) -> dict:
     with log:
         log.message(f"results in {log.folder / 'throughput.json'}")
     return result
+
+
+def none_if_unknown(number: float) -> float | None:
+    """As JSON has it, which knows no NaN."""
+    return None if math.isnan(number) else number
 
 
 def describe_device(device: torch.device) -> str:
@@ -122,8 +142,9 @@ def _mean_milliseconds(run: Callable[[], None], runs: int, device: torch.device)
 def print_table(result: dict) -> None:
     """The result for a person."""
     table = Table(
-        title=f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  {result['gmac']:.3g} GMAC at "
-        f"{result['image_size']}\n{result['precision']}  batch {result['batch_size']}  compile {result['compile']}  "
+        title=f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  "
+        f"{describe_gmac(math.nan if result['gmac'] is None else result['gmac'], result['image_size'])}\n"
+        f"{result['precision']}  batch {result['batch_size']}  compile {result['compile']}  "
         f"{result['device']}",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -137,7 +158,7 @@ def print_table(result: dict) -> None:
             f"{row['images_per_second']:,.1f}",
             f"{ms['median']:,.1f}",
             f"{ms['min']:,.1f} - {ms['max']:,.1f}",
-            f"{row['tflops']:.3g}",
+            "unknown" if row["tflops"] is None else f"{row['tflops']:.3g}",
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         )
     Console().print(table)

@@ -17,15 +17,25 @@ from data import Loaders, build_loaders, build_mixing, fingerprint
 from data.loading import TrainLoader, naming_dead_workers
 from engine.checkpoints import Checkpoints
 from engine.ema import Ema
-from engine.evaluate import build_views, check_classes, evaluate
+from engine.evaluate import build_views, check_classes, describe_turned, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
-from engine.model import begin_step, compile_in_place, giga_macs, prepare_model, set_training_mode, share_gradients
+from engine.model import (
+    begin_step,
+    check_smallest_batch,
+    compile_in_place,
+    describe_gmac,
+    giga_macs,
+    prepare_model,
+    set_training_mode,
+    share_gradients,
+)
 from engine.precision import Precision, choose_precision
 from engine.skipping import SkippedSteps, bad_batch
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
 from engine.stopping import PATIENCE_SECONDS, Stopped, StopRequest
+from engine.trained import as_ids, named_classes
 from lr_scheduler import Schedule, build_scheduler
-from models import load_weights
+from models import left_out, load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
 from utils.bulletin import Bulletin
@@ -41,6 +51,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError
 from utils.files import remove_temporaries
+from utils.image_size import height_and_width
 from utils.lock import Lock, hold
 from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
@@ -58,17 +69,18 @@ def train(config, device: torch.device, stop: StopRequest | None = None) -> None
     with Bulletin(stop) as bulletin, hold(folder) as lock:
         if is_main():
             remove_temporaries(folder, folder / "checkpoints")
-        run(config, device, stop, bulletin, lock)
+        train_in_folder(config, device, lock, stop, bulletin)
 
 
-def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin, lock: Lock) -> None:
-    """Prepare everything, take the steps, and say how it has ended."""
+def train_in_folder(config, device: torch.device, lock: Lock, stop: StopRequest, bulletin: Bulletin) -> None:
+    """The same, for the one who holds the results folder."""
     with agreement():
         loaders = build_loaders(config, device)
         steps_per_epoch, global_batch = loaders.train.steps_per_epoch, loaders.train.global_batch
         precision = choose_precision(config, device)
         model = prepare_model(config, len(loaders.classes), device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
+        check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
         mix = build_mixing(config, len(loaders.classes))
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
         schedule = build_scheduler(config, steps_per_epoch, global_batch)
@@ -83,7 +95,7 @@ def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin, loc
         log = RunLog(output_dir(config), config, "train", total_steps, steps_per_epoch, *done, lock)
     with log, checkpoints:
         log.message(describe(config, model, gmac, precision, loaders))
-        for line in [lock.note, *started_from] if lock.note else started_from:
+        for line in filter(None, [lock.note, *left_out(config), loaders.left_out(), *started_from]):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
@@ -105,6 +117,7 @@ def run(config, device: torch.device, stop: StopRequest, bulletin: Bulletin, loc
                     stop.answer()
                     checkpoints.finish()
                     log.message(stopped_after(state.step, stop))
+                    log.unwritten.check()
                     raise
         log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
 
@@ -145,9 +158,9 @@ def take_steps(
         counts = {"meters": meters.content(), "skipped_images": skipped_images(loader)}
         if is_main():
             with state.changing:
-                write(state.content(), counts)
+                write_last(state.content(), counts)
 
-    def write(content: dict, counts: dict) -> None:
+    def write_last(content: dict, counts: dict) -> None:
         facts = {"global_batch": loader.global_batch, "images": len(loader.dataset), "classes": loaders.classes}
         epoch, steps_into_epoch = divmod(state.step, steps_per_epoch)
         keep_every = config.TRAIN.KEEP_EVERY_EPOCHS
@@ -161,11 +174,10 @@ def take_steps(
             return ""
         if not state.changing.acquire(timeout=PATIENCE_SECONDS):
             return f"stopped by {stop.name} in the middle of a step; the same command carries on from the last save"
-        write(state.content_before_step(), {"meters": meters.content(of_all=False), "skipped_images": loader.skipped})
-        try:
-            checkpoints.finish()
-        except UserError as error:
-            stop.leave(2, f"error: {error}")
+        # The other ranks cannot be asked now
+        counts = {"meters": meters.content(of_all=False), "skipped_images": loader.skipped}
+        write_last(state.content_before_step(), counts)
+        checkpoints.finish()
         return stopped_after(state.step, stop)
 
     def say_and_close(text: str) -> None:
@@ -213,8 +225,8 @@ def take_steps(
             if state.ema:
                 state.ema.update(state.model, step + 1, finite)
             state.finish_step()
-        skipped.add(finite)  # these two stay on the device
-        meters.add(finite, loss=step_loss, grad_norm=grad_norm)
+            skipped.add(finite)  # these two stay on the device
+            meters.add(finite, loss=step_loss, grad_norm=grad_norm)
         stopwatch.images(loader.global_batch)
         log.advance(state.step)
         watchdog.beat(state.step)
@@ -235,6 +247,8 @@ def take_steps(
                 stop_for_good(config, state, loader, step_loss, checkpoints, log)
         if save_due:
             save()
+        if state.step == steps_per_epoch and (line := describe_turned(loader, config)):
+            log.message(line)
         if evaluation_due(state.step):
             evaluate_and_save()
             stopwatch.restart()
@@ -253,11 +267,12 @@ def parts_of_a_batch(config, model: nn.Module, precision: Precision) -> int:
     """Into how many parts TRAIN.AUTO_MICRO_BATCH cuts a micro-batch, tried out on an empty one."""
     if not config.TRAIN.AUTO_MICRO_BATCH:
         return 1
-    criterion, size = build_criterion(config, soft_targets=False), config.DATA.IMG_SIZE
+    criterion, size = build_criterion(config, soft_targets=False), height_and_width(config.DATA.IMG_SIZE)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # BatchNorm must not take note of it
 
     def train_on(count: int) -> None:
-        images = torch.zeros(count, 3, size, size, device=precision.device)
+        check_smallest_batch(config, model, count)
+        images = torch.zeros(count, 3, *size, device=precision.device)
         targets = torch.zeros(count, dtype=torch.long, device=precision.device)
         try:
             with precision.autocast():
@@ -317,7 +332,7 @@ def start_or_resume(
         if path:
             lines += resume(config, state, Path(path), loaders, schedule)
         elif config.MODEL.PRETRAINED:
-            lines.append(start_from_pretrained(config.MODEL.PRETRAINED, state, len(loaders.classes)))
+            lines += start_from_pretrained(config, state, loaders.classes)
         else:
             lines.append("starting from random weights")
     if path:
@@ -365,17 +380,22 @@ def resume(config, state: TrainState, path: Path, loaders: Loaders, schedule: Sc
     return lines
 
 
-def start_from_pretrained(path: str, state: TrainState, num_classes: int) -> str:
-    """Begin with the weights in ``path``, and a new head where the classes differ; returns a line that says so."""
-    weights = checkpoint.state_dict_of(checkpoint.read(path), path)
+def start_from_pretrained(config, state: TrainState, classes: list[str]) -> list[str]:
+    """Begin with the weights in a file, and a new head where the classes differ; returns lines that say so."""
+    path = config.MODEL.PRETRAINED
+    content = checkpoint.read(path)
+    which, weights = checkpoint.choose(checkpoint.weights_in(content, path), config.MODEL.WEIGHTS, path)
     loaded = load_weights(state.model, weights, path, allow_new_head=True)
     if state.ema:
         state.ema.set(state.model)
     head = "the head too"
     if loaded.new_head:
         had = f"{loaded.classes_in_file} classes" if loaded.classes_in_file else "no head"
-        head = f"the head is new ({had} in the file, {num_classes} in the data)"
-    return f"starting from {path}: {loaded.matched} weights matched, {head}"
+        head = f"the head is new ({had} in the file, {len(classes)} in the data)"
+    elif (named := named_classes(content, None, path) or classes) and classes not in (named, as_ids(named)):
+        head = "the head too, although its classes are others or in another order"
+    average = ", of the moving average in it" if which == "ema" else ""
+    return [f"starting from {path}{average}: {loaded.matched} weights matched, {head}", *loaded.notes]
 
 
 def describe(config, model: nn.Module, gmac: float, precision: Precision, loaders: Loaders) -> str:
@@ -385,7 +405,7 @@ def describe(config, model: nn.Module, gmac: float, precision: Precision, loader
     parameters = sum(p.numel() for p in model.parameters())
     images, classes = len(loaders.train.dataset), len(loaders.classes)
     return (
-        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {gmac:.3g} GMAC at {config.DATA.IMG_SIZE}  "
+        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {describe_gmac(gmac, config.DATA.IMG_SIZE)}  "
         f"{precision.name}  {world_size()} x {name}  global batch {loaders.train.global_batch:,}  "
         f"{images:,} images of {classes:,} classes  "
         f"augmented {'on the GPU' if loaders.augments_on_device else 'by the loader processes'}  "

@@ -1,9 +1,14 @@
 """From a config to a model."""
 
+import inspect
+from functools import cache
+from typing import Any
+
 import timm
+import torch
 from torch import nn
 
-from models.crossformer import CrossFormer
+from models.crossformer import VARIANTS, CrossFormer
 from utils.errors import UserError, did_you_mean
 
 ARCHITECTURE = {
@@ -15,35 +20,116 @@ ARCHITECTURE = {
 }
 """Settings under MODEL.CROSSFORMER, and the arguments of :class:`models.crossformer.CrossFormer` they set."""
 
+DROP_PATH_RATE = 0.2
+"""Of models for which none was asked for and none was published."""
+
+RATES = {"drop_rate": "DROP_RATE", "drop_path_rate": "DROP_PATH_RATE"}
+"""Arguments of models, and the settings under MODEL that they are."""
+
+NOT_FOR_KWARGS = {
+    "num_classes": "it is MODEL.NUM_CLASSES, or read from the data",
+    "in_chans": "images are read as RGB",
+    "features_only": "a model without a head tells no classes apart",
+    **{argument: f"it is MODEL.{setting}" for argument, setting in RATES.items()},
+    **dict.fromkeys(("pretrained", "checkpoint_path"), "weights to start from are MODEL.PRETRAINED"),
+    **dict.fromkeys(("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"), "it is about weights of timm's"),
+}
+"""What timm.create_model takes besides, but not from MODEL.KWARGS, and why."""
+
 
 def build_model(config, num_classes: int) -> nn.Module:
-    """The model that ``config.MODEL`` describes, with ``num_classes`` classes; any model that timm knows will do."""
+    """The model that ``config.MODEL`` describes, with ``num_classes`` classes; any model that timm knows will do.
+
+    Raises:
+        UserError: the model cannot be built as described.
+    """
     name = config.MODEL.NAME
     if not timm.is_model(name):
         raise UserError(f"MODEL.NAME {name} is not a model that timm knows{did_you_mean(name, timm.list_models())}")
     settings = {key: config.MODEL.CROSSFORMER[key] for key in ARCHITECTURE if config.MODEL.CROSSFORMER[key]}
-    if settings and not name.startswith("crossformer"):
+    if settings and name not in VARIANTS:
         raise UserError(f"MODEL.CROSSFORMER.{next(iter(settings))} is set, but MODEL.NAME {name} is no CrossFormer")
+    of_others = {a: f"it is MODEL.CROSSFORMER.{key}" for key, a in ARCHITECTURE.items() if name in VARIANTS}
+    for argument, reason in (NOT_FOR_KWARGS | of_others).items():
+        if argument in config.MODEL.KWARGS:
+            raise UserError(f"MODEL.KWARGS {argument} is not to be set here: {reason}")
+    arguments = {ARCHITECTURE[key]: value for key, value in settings.items()} | dict(config.MODEL.KWARGS)
+    for argument, rate in {"drop_rate": config.MODEL.DROP_RATE, "drop_path_rate": _drop_path_rate(config)}.items():
+        # A negative one is the model's own; without knowing of it a model has 0
+        if rate > 0 or (rate == 0 and takes(name, argument)):
+            arguments[argument] = rate
     try:
-        model = timm.create_model(
-            name,
-            num_classes=num_classes,
-            drop_rate=config.MODEL.DROP_RATE or None,
-            drop_path_rate=config.MODEL.DROP_PATH_RATE or None,  # not every model has it
-            **{ARCHITECTURE[key]: value for key, value in settings.items()},
-        )
-    except ValueError as error:
-        argument, _, rest = str(error).partition(" ")
-        key = next((key for key, name in ARCHITECTURE.items() if name == argument), None)
-        raise UserError(f"MODEL.CROSSFORMER.{key} {rest}" if key else f"MODEL.NAME {name}: {error}") from error
-    except TypeError as error:
-        if "unexpected keyword argument 'drop" not in str(error):
-            raise
-        setting = str(error).split("'")[1].upper()
-        raise UserError(f"MODEL.NAME {name} has no {setting.lower()}: set MODEL.{setting} 0") from error
+        model = timm.create_model(name, num_classes=num_classes, **arguments)
+    except Exception as error:  # constructors refuse what they do not take in arbitrary ways
+        raise _refusal(name, arguments, error) from error
     if config.TRAIN.USE_CHECKPOINT != "none":
         recompute(model, name, config.TRAIN.USE_CHECKPOINT)
     return model
+
+
+def left_out(config) -> list[str]:
+    """What nobody has asked for and the model does not take: a line each, for the log."""
+    lines = list(config.notes)
+    if config.MODEL.DROP_PATH_RATE < 0 and not takes(config.MODEL.NAME, "drop_path_rate"):
+        lines.append(f"MODEL.NAME {config.MODEL.NAME} has no drop_path_rate: trained without stochastic depth")
+    return lines
+
+
+def _drop_path_rate(config) -> float:
+    """That of MODEL.DROP_PATH_RATE; where nobody has asked for one, 0 for a model that has none."""
+    if config.MODEL.DROP_PATH_RATE >= 0:
+        return config.MODEL.DROP_PATH_RATE
+    return DROP_PATH_RATE if takes(config.MODEL.NAME, "drop_path_rate") else 0.0
+
+
+@cache
+def takes(name: str, argument: str) -> bool:
+    """Whether the constructor of timm's model ``name`` takes an argument (with 0 for a value)."""
+    if name in VARIANTS:
+        return argument in inspect.signature(CrossFormer).parameters
+    return _failure(name, {argument: 0.0}) is None
+
+
+def _failure(name: str, arguments: dict[str, Any]) -> Exception | None:
+    """Why the model cannot be built with ``arguments``. It is built without memory, and no random number is drawn."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            timm.create_model(name, **arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _refusal(name: str, arguments: dict[str, Any], error: Exception) -> Exception:
+    """What to tell whoever has set the arguments with which the model cannot be built."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if name in VARIANTS and isinstance(error, ValueError):
+        argument, _, rest = reason.partition(" ")  # as our own constructor words it
+        key = next((key for key, own in ARCHITECTURE.items() if own == argument), None)
+        if key:
+            return UserError(f"MODEL.CROSSFORMER.{key} {rest}")
+    for argument, value in arguments.items():
+        others = {key: other for key, other in arguments.items() if key != argument}
+        if _failure(name, others) is not None:
+            continue  # it is not this one, or not this one alone
+        known = argument in _parameters(name)
+        if argument in RATES and not known:
+            return UserError(f"MODEL.NAME {name} has no {argument}: set MODEL.{RATES[argument]} 0")
+        if argument in RATES:
+            return UserError(f"MODEL.{RATES[argument]} {value}: MODEL.NAME {name} does not take it: {reason}")
+        if not known:
+            near = did_you_mean(argument, _parameters(name) - NOT_FOR_KWARGS.keys())
+            return UserError(f"MODEL.KWARGS {argument}: MODEL.NAME {name} has no such argument{near}")
+        return UserError(f"MODEL.KWARGS {argument} {value}: MODEL.NAME {name} does not take it: {reason}")
+    if name in VARIANTS:
+        return error
+    return UserError(f"MODEL.NAME {name} cannot be built: {reason}")
+
+
+def _parameters(name: str) -> set[str]:
+    """The names of the arguments of the model's constructor."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return set(inspect.signature(type(timm.create_model(name))).parameters)
 
 
 def recompute(model: nn.Module, name: str, how: str) -> None:

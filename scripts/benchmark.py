@@ -25,7 +25,8 @@ from scripts.benchmarks.common import make_folder
 from scripts.benchmarks.data import benchmark_data
 from scripts.benchmarks.model import benchmark_model
 from scripts.benchmarks.step import benchmark_step
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
+from utils.surroundings import a_path, expanded, settle
 
 BENCHMARKS = {
     "model": benchmark_model, "step": benchmark_step, "data": benchmark_data, "checkpoint": benchmark_checkpoint,
@@ -36,12 +37,13 @@ AT_LEAST = {"image_size": 32}
 
 
 def main() -> int:
+    settle()
     try:
         for arguments in chosen(parse(sys.argv[1:])):
             make_folder(arguments.output)
             BENCHMARKS[arguments.what](arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -64,14 +66,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 64 256 on a GPU, else 1 4")
     files = argparse.ArgumentParser(add_help=False)
-    files.add_argument("--prepared", metavar="DIR", help="the same images as prepare_imagenet.py has written them")
-    files.add_argument("--cfg", default="", metavar="FILE", help="recipe and image size; the published one by default")
+    files.add_argument(
+        "--prepared", type=expanded, metavar="DIR", help="the same images as prepare_imagenet.py has written them"
+    )
+    files.add_argument(
+        "--cfg", type=expanded, default="", metavar="FILE", help="recipe and image size; the published one by default"
+    )
     files.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="loader processes")
     size = argparse.ArgumentParser(add_help=False)
     size.add_argument("--megabytes", type=int, default=300, metavar="N", help="size of the checkpoint")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each")
-    common.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="where files are written")
+    common.add_argument("--output", type=a_path, default=Path("output"), metavar="DIR", help="where files are written")
 
     def add(name: str, about: str, *options: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return what.add_parser(name, help=about, parents=[*options, common], allow_abbrev=False)
@@ -80,12 +86,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     step = add("step", "the whole training step: recomputing, plain, compiled, Swin", network)
     step.add_argument("--batch-size", type=int, metavar="N", help="256 on a GPU, else 4")
     data = add("data", "the input pipeline: this loader, timm's, torchvision's and DALI's", files)
-    data.add_argument("--data-path", required=True, metavar="DIR", help="original images, as train/CLASS/*.jpg")
+    data.add_argument(
+        "--data-path", type=expanded, required=True, metavar="DIR", help="original images, as train/CLASS/*.jpg"
+    )
     data.add_argument("--batch-size", type=int, default=64, metavar="N")
     data.add_argument("--batches", type=int, default=40, metavar="N", help="batches of one measurement")
     add("checkpoint", "how long saving a checkpoint keeps training waiting", size)
     every = add("all", "all of them, one after the other", network, several, files, size)
-    every.add_argument("--data-path", metavar="DIR", help="original images; without them data is left out")
+    every.add_argument(
+        "--data-path", type=expanded, metavar="DIR", help="original images; without them data is left out"
+    )
     parsed = parser.parse_args(arguments)
     for name, value in vars(parsed).items():
         for number in value if isinstance(value, list) else [value]:

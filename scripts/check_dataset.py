@@ -6,7 +6,6 @@ what the augmentation makes of some. Exit status 0: sound; 1: an image cannot be
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
@@ -39,16 +38,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import build_config
 from data import build_mixing
-from data.build import Images, augments_on_device, build_train_stage, open_images
+from data.build import Images, augments_on_device, build_decoding, build_train_stage, open_images
 from data.dataset import ImageDataset
-from data.decoding import decode
+from data.decoding import Decoding, decode, decode_with_orientation, is_deep_grey, open_picture
+from data.files import describe_left_out
 from data.index import open_index
 from data.layouts import find_layout
 from data.loading import TrainLoader
 from data.sampling import epoch_order
 from data.transforms import TrainTransform, build_eval_transform, build_train_transform
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
+from utils.image_size import height_and_width
+from utils.names import drawable, font_file, printable
 from utils.randomness import seed_everything
+from utils.surroundings import a_path, settle
 
 CHUNK = 32
 SECONDS_BETWEEN_LINES = 30
@@ -67,10 +70,10 @@ KINDS = {
     "other_format": "not what the extension says; harmless, since the bytes decide",
     "cmyk": "CMYK; Pillow converts it to RGB",
     "grey": "one channel, which is used as red, green and blue",
-    "more_than_8_bits": "more than 8 bits a channel; Pillow makes all of a grey image that is above 255 white",
+    "more_than_8_bits": "more than 8 bits a channel, scaled to 8 (docs/data.md)",
     "palette": "colours from a palette; converted to RGB",
     "alpha": "the transparency is dropped, and what lies below it shows",
-    "rotated": "EXIF says that it is to be turned or mirrored, and the trainer does not do that",
+    "rotated": "EXIF says that it is to be turned or mirrored, which DATA.UPRIGHT True does",
     "tiny": f"the short side has fewer than {TINY_SIDE} pixels",
     "huge": f"more than {HUGE_PIXELS / 1e6:.0f} megapixels, slow to decode",
 }
@@ -143,7 +146,7 @@ class Checked:
 # ---- Looking at images, in many processes
 
 
-def check_split(images: Images, workers: int, title: str, console: Console) -> Checked:
+def check_split(images: Images, decoding: Decoding, workers: int, title: str, console: Console) -> Checked:
     """Decode all images.
 
     Raises:
@@ -153,7 +156,7 @@ def check_split(images: Images, workers: int, title: str, console: Console) -> C
     stride = -(-len(images) // COLOUR_SAMPLE)
     began = time.perf_counter()
     # Forked processes share the index
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("fork"), start_worker, (images, stride))
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("fork"), start_worker, (images, decoding, stride))
     try:
         parts = list(with_progress(pool.map(check_chunk, chunks), title, len(images), began, console))
     except BrokenProcessPool as error:
@@ -170,9 +173,9 @@ def check_split(images: Images, workers: int, title: str, console: Console) -> C
     )
 
 
-def start_worker(images: Images, stride: int) -> None:
-    global _images, _stride
-    _images, _stride = images, stride
+def start_worker(images: Images, decoding: Decoding, stride: int) -> None:
+    global _images, _decoding, _stride
+    _images, _decoding, _stride = images, decoding, stride
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a word
     torch.set_num_threads(1)
@@ -183,7 +186,7 @@ def check_chunk(chunk: range) -> Part:
     """Look at some of the images that the process was started with."""
     records, reasons, colours = np.zeros(len(chunk), RECORD), {}, []
     for i, record in zip(chunk, records, strict=True):
-        pixels, fault, reason = examine(_images, i, record)
+        pixels, fault, reason = examine(_images, i, record, _decoding)
         if pixels is None:
             record["kinds"] |= BIT[fault]
             reasons[i] = reason
@@ -192,7 +195,7 @@ def check_chunk(chunk: range) -> Part:
     return Part(records, reasons, np.array(colours).reshape(-1, 2, 3))
 
 
-def examine(images: Images, i: int, record: np.void) -> tuple[Tensor | None, str, str]:
+def examine(images: Images, i: int, record: np.void, decoding: Decoding) -> tuple[Tensor | None, str, str]:
     """Fill in the record of image ``i``; returns its pixels, or the kind of fault that it has and the reason."""
     try:
         record["label"] = -1
@@ -206,16 +209,18 @@ def examine(images: Images, i: int, record: np.void) -> tuple[Tensor | None, str
     if isinstance(data, bytes):
         record["bytes"] = len(data)
     try:
-        record["hash"] = fingerprint(data)
-        pixels = decode(data)
+        record["hash"] = fingerprint(data, decoding)
+        pixels, record["orientation"] = decode_with_orientation(data, decoding)
     except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
         reason = one_line(error)
         return None, "empty" if data == b"" else "truncated" if "truncated" in reason.lower() else "broken", reason
     record["height"], record["width"] = pixels.shape[1:]
-    with suppress(Exception), open_picture(data) as picture:  # a JPEG that only the fast decoder takes is just not odd
+    # A JPEG that only the fast decoder takes is just not odd
+    with suppress(Exception), open_picture(data, decoding.max_pixels) as picture:
         record["format"] = (picture.format or "").encode()
-        record["orientation"] = orientation(picture)
         record["kinds"] |= sum(BIT[kind] for kind in oddities(picture, images.name(i)))
+    if record["orientation"] > 1:
+        record["kinds"] |= BIT["rotated"]
     if min(pixels.shape[1:]) < TINY_SIDE:
         record["kinds"] |= BIT["tiny"]
     if pixels[0].numel() > HUGE_PIXELS:
@@ -223,15 +228,13 @@ def examine(images: Images, i: int, record: np.void) -> tuple[Tensor | None, str
     return pixels, "", ""
 
 
-def fingerprint(data: bytes | Image.Image) -> int:
+def fingerprint(data: bytes | Image.Image, decoding: Decoding) -> int:
     """64 bits of a hash, and 0 of nothing."""
-    content = data if isinstance(data, bytes) else data.tobytes()
+    content = data
+    if isinstance(data, Image.Image):
+        with open_picture(data, decoding.max_pixels) as picture:  # refuses what is not to be opened
+            content = picture.tobytes()
     return int.from_bytes(hashlib.sha256(content).digest()[:8]) if content else 0
-
-
-def open_picture(data: bytes | Image.Image):
-    """The image as Pillow sees it, its pixels not decoded; to be used with ``with``."""
-    return nullcontext(data) if isinstance(data, Image.Image) else Image.open(io.BytesIO(data))
 
 
 def oddities(picture: Image.Image, name: str) -> Iterator[str]:
@@ -243,25 +246,14 @@ def oddities(picture: Image.Image, name: str) -> Iterator[str]:
         yield "other_format"
     if mode == "CMYK":
         yield "cmyk"
-    if mode in ("1", "L", "LA", "La", "F") or mode.startswith("I"):
+    if mode in ("1", "L", "LA", "La") or is_deep_grey(mode):
         yield "grey"
-    if mode == "F" or mode.startswith("I") or SIXTEEN_BITS.search(str(getattr(picture, "tile", ())[:1])):
+    if is_deep_grey(mode) or SIXTEEN_BITS.search(str(getattr(picture, "tile", ())[:1])):
         yield "more_than_8_bits"
     if mode in ("P", "PA"):
         yield "palette"
     if picture.has_transparency_data:
         yield "alpha"
-    if orientation(picture) > 1:
-        yield "rotated"
-
-
-def orientation(picture: Image.Image) -> int:
-    """EXIF's, 1 to 8; 0 where there is none, or it is damaged."""
-    with suppress(Exception):
-        # A PNG's own getexif would decode it, to find what may stand behind the pixels
-        value = Image.Image.getexif(picture).get(0x0112)
-        return value if value in range(1, 9) else 0
-    return 0
 
 
 def mean_and_variance(pixels: Tensor) -> np.ndarray:
@@ -318,6 +310,7 @@ def describe_split(split: Checked, classes: list[str]) -> dict:
     formats, counts = np.unique(split.records["format"][split.decoded()], return_counts=True)
     return {
         "images": len(split.records),
+        "left_out": dict(split.images.left_out),
         "decoded": len(split.decoded()),
         "formats": {name.decode() or "unknown": int(n) for name, n in zip(formats, counts, strict=True)},
         **count_classes(split, classes),
@@ -480,10 +473,10 @@ def draw_augmentations(config, split: Checked, classes: list[str], augmentation:
     chosen = [i for i in epoch_order(config.SEED, 0, len(decodable)).tolist() if decodable[i]][:COLUMNS]
     if len(chosen) < 2:
         return False
-    evaluation = build_eval_transform(config)
-    rows = {"as in evaluation": [evaluation(decode(split.images[i][0]))[0] for i in chosen]}
+    evaluation, decoding = build_eval_transform(config), build_decoding(config)
+    rows = {"as in evaluation": [evaluation(decode(split.images[i][0], decoding))[0] for i in chosen]}
     epochs = [[(epoch, i) for i in chosen] for epoch in (0, 1)]
-    dataset = ImageDataset(split.images, augmentation.transform, config.SEED, False)
+    dataset = ImageDataset(split.images, augmentation.transform, config.SEED, False, decoding)
     loader = TrainLoader(dataset, epochs, 0, build_train_stage(config, augmentation.device))
     batches = list(loader)
     for epoch, (images, _) in enumerate(batches):
@@ -506,10 +499,10 @@ def mix_neighbours(config, device: torch.device, mixing: Callable, images: Tenso
 
 
 def describe_augmentation(config) -> str:
-    aug, size = config.AUG, config.DATA.IMG_SIZE
+    aug, (height, width) = config.AUG, height_and_width(config.DATA.IMG_SIZE)
     policy = aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else f"colour jitter {aug.COLOR_JITTER:g}"
     return (
-        f"{size} x {size} pixels, crop of {100 * aug.SCALE[0]:g} to {100 * aug.SCALE[1]:g} % of the area, {policy}, "
+        f"{height} x {width} pixels, crop of {100 * aug.SCALE[0]:g} to {100 * aug.SCALE[1]:g} % of the area, {policy}, "
         f"random erasing {aug.REPROB:g} ({aug.REMODE})"
     )
 
@@ -527,20 +520,22 @@ def draw_sheet(rows: dict[str, Iterable[Tensor]], names: list[str], heading: str
     draw = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, text: str, width: int, size: int, colour: str) -> None:
-        font = ImageFont.load_default(size)
+        font, text = ImageFont.truetype(font_file(), size), drawable(text)
         while draw.textlength(text, font) > width:
             text = text.removesuffix("...")[:-1] + "..."
         draw.text((x, y + LINE / 2), text, colour, font, anchor="lm")
 
     write(GAP, 0, heading, sheet.width - 2 * GAP, 14, "black")
     for column, name in enumerate(names):
-        write(GAP + column * step, LINE, printable(name), CELL, 12, "grey")
+        write(GAP + column * step, LINE, name, CELL, 12, "grey")
     for row, (title, images) in enumerate(rows.items()):
         top = 2 * LINE + row * (LINE + step)
         write(GAP, top, title, sheet.width - 2 * GAP, 14, "black")
         for column, image in enumerate(images):
-            scaling = Image.Resampling.LANCZOS if image.shape[-1] > CELL else Image.Resampling.NEAREST
-            sheet.paste(to_pil_image(image).resize((CELL, CELL), scaling), (GAP + column * step, top + LINE))
+            larger = max(image.shape[-2:])
+            scaling = Image.Resampling.LANCZOS if larger > CELL else Image.Resampling.NEAREST
+            shown = [max(1, round(side * CELL / larger)) for side in image.shape[:-3:-1]]
+            sheet.paste(to_pil_image(image).resize(shown, scaling), (GAP + column * step, top + LINE))
     with writing_to(path.parent):
         sheet.save(path, optimize=True)
 
@@ -549,12 +544,9 @@ def draw_sheet(rows: dict[str, Iterable[Tensor]], names: list[str], heading: str
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """A file's name may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    body = text.lstrip("\n")
+    text = text[: len(text) - len(body)] + printable(body)  # a name may hold anything
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_report(console: Console, report: dict, file: Path) -> None:
@@ -645,7 +637,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", metavar="N", type=int, default=cores, help="processes; as many as cores")
     parser.add_argument(
-        "--output", metavar="FOLDER", type=Path, default=Path("output/check_dataset"), help="for results: %(default)s"
+        "--output", metavar="FOLDER", type=a_path, default=Path("output/check_dataset"), help="for results: %(default)s"
     )
     given = parser.parse_args(arguments)
     if given.workers < 1:
@@ -685,24 +677,28 @@ def check(arguments: list[str]) -> int:
     with writing_to(given.output):
         given.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=given.output).close()  # after an hour of checking it would be late to find out
-    splits = {name: check_split(split, given.workers, name, console) for name, split in images.items()}
+    decoding = build_decoding(config)
+    splits = {name: check_split(split, decoding, given.workers, name, console) for name, split in images.items()}
     report = make_report(config, splits, classes)
     with writing_to(given.output):
         file.write_text(json.dumps(report, indent=1), encoding="utf-8")
     drawn = draw_augmentations(config, next(iter(splits.values())), classes, augmentation, sheet)
     print_report(console, report, file)
     say(console, f"\neverything in {file}" + (f", what training makes of the images in {sheet}" if drawn else ""))
+    left_out = describe_left_out({name: split["left_out"] for name, split in report["splits"].items()})
     verdict = "the data set is sound" if report["sound"] else "the data set is NOT sound: mend what is listed in red"
+    verdict += f"; {left_out}" * bool(left_out)
     say(console, verdict, "green" if report["sound"] else "red")
     return 0 if report["sound"] else 1
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    settle()
     try:
         return check(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say_error(error)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)

@@ -25,22 +25,22 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
-from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import default_config, flatten
-from engine.trained import TrainedModel, load_trained
+from config import PATHS, default_config, flatten, get, settings_in
+from engine.trained import SAID_BESIDES, TrainedModel, load_trained
 from models import build_model
 from models.build import ARCHITECTURE
 from models.crossformer.embedding import MIN_IMAGE_SIZE
 from utils import checkpoint
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
+from utils.image_size import height_and_width
+from utils.surroundings import a_path, settle
 
 TOLERANCE = 1e-4
 OPSET = 20
 TIMED_BATCH, ROUNDS, SECONDS_PER_ROUND = 8, 5, 0.2
-PATHS = ("DATA.DATA_PATH", "DATA.CACHE_DIR", "MODEL.PRETRAINED", "MODEL.RESUME", "OUTPUT")
 
 
 class Source(NamedTuple):
@@ -58,11 +58,16 @@ class Source(NamedTuple):
         size = dict(input_size=list(self.images.shape[1:]), interpolation=data.INTERPOLATION)
         return size | crop | dict(mean=data.MEAN, std=data.STD)
 
+    def besides(self) -> dict[str, Any]:
+        """What belongs to the preparation too, but timm has no words for."""
+        return {name: get(self.trained.config, key) for name, key in SAID_BESIDES.items()}
+
     def metadata(self) -> dict[str, str]:
         """What travels with the weights, each as JSON."""
         model, classes = self.trained.config.MODEL, self.trained.classes
         arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
-        described = dict(architecture=model.NAME, model_args=arguments, classes=classes, **self.preparation())
+        described = dict(architecture=model.NAME, model_args=arguments, classes=classes)
+        described |= self.preparation() | self.besides()
         return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
 
 
@@ -93,14 +98,18 @@ def safetensors(source: Source, path: Path) -> Callable:
 
 
 def hf(source: Source, path: Path) -> Callable:
-    names = {"label_names": source.trained.classes}
-    save_for_hf(source.trained.model, str(path), names, safe_serialization=True, data_config=source.preparation())
+    said = {"label_names": source.trained.classes, **source.besides()}
+    save_for_hf(source.trained.model, str(path), said, safe_serialization=True, data_config=source.preparation())
     (path / "README.md").write_text(model_card(source), encoding="utf-8")
     return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
 
 FORMATS = {"torch_export": torch_export, "onnx": onnx, "safetensors": safetensors, "hf": hf}
 SUFFIXES = {"torch_export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "hf": "-hf"}
+VIEWS_BY_HAND = {
+    "flip": "average the probabilities of an image and its mirror image",
+    "five_crop": "average the probabilities of the centre and the four corners of the resized square",
+}
 GRAPHS = ("torch_export", "onnx")
 """Formats that hold the computation too, for which the size of a batch has to be decided."""
 
@@ -109,6 +118,8 @@ def model_card(source: Source) -> str:
     trained, (height, width) = source.trained, source.images.shape[-2:]
     name, ours = trained.config.MODEL.NAME, trained.config.MODEL.NAME.startswith("crossformer")
     facts = trained.facts if "top1" in trained.facts else {"weights": trained.facts["weights"]}
+    by_hand = "".join(f"- {line}\n" for line in left_to_the_caller(source))
+    by_hand = f"What evaluation does besides, and the lines above do not:\n\n{by_hand}\n" if by_hand else ""
     metrics = "".join(f"- {key}: {value if key == 'weights' else round(value, 4)}\n" for key, value in facts.items())
     return f"""---
 library_name: timm
@@ -132,7 +143,7 @@ with torch.inference_mode():
 print(model.pretrained_cfg["label_names"][logits.argmax()])
 ```
 
-## Metrics
+{by_hand}## Metrics
 
 {metrics}
 ## Settings that differ from the trainer's defaults
@@ -147,8 +158,8 @@ def run_settings(path: str) -> str:
     saved, defaults = checkpoint.read(path).get("config"), flatten(default_config())
     if not isinstance(saved, str):
         return "# the checkpoint does not name them\n"
-    settings = flatten(CfgNode(yaml.safe_load(saved)))
-    differing = {k: v for k, v in settings.items() if k in defaults and k not in PATHS and v != defaults[k]}
+    settings = settings_in(saved, path)
+    differing = {k: v for k, v in settings.items() if k not in PATHS and v != defaults[k]}
     return yaml.safe_dump(differing, sort_keys=False)
 
 
@@ -167,6 +178,18 @@ def in_silence() -> Iterator[None]:
         yield
 
 
+def left_to_the_caller(source: Source) -> list[str]:
+    """What evaluation does besides, and whoever uses the export has to do; its metadata says it too."""
+    besides, lines = source.besides(), []
+    if besides["views"] != "none":
+        lines.append(f"TEST.VIEWS {besides['views']} is not in it: {VIEWS_BY_HAND[besides['views']]}")
+    if besides["upright"]:
+        lines.append("DATA.UPRIGHT is not in it: turn images as EXIF says (PIL.ImageOps.exif_transpose)")
+    if besides["white"]:
+        lines.append(f"DATA.WHITE is not in it: scale grey images of more than 8 bits by 255 / {besides['white']:g}")
+    return lines
+
+
 def make(name: str, source: Source, path: Path) -> None:
     """Write the format ``name``, compare and time it; what is found is printed."""
     model, (height, width) = source.trained.model, source.images.shape[2:]
@@ -179,6 +202,8 @@ def make(name: str, source: Source, path: Path) -> None:
     except Exception as error:  # an exporter meets arbitrary models and fails in arbitrary ways
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error
+    for line in left_to_the_caller(source):
+        print(line)
     takes = f"{'batches of any size' if any_batch else 'one image'} of {height} x {width} pixels"
     print(f"{source.trained.config.MODEL.NAME} as {name} takes {takes}")
     print(f"largest difference of a logit to the model's own: {difference:.1e} (allowed: {TOLERANCE:.0e})")
@@ -192,12 +217,14 @@ def make(name: str, source: Source, path: Path) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="scripts/export.py", description=__doc__.partition(":")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", metavar="FILE", type=Path, required=True, help="the trained model")
+    parser.add_argument("--checkpoint", metavar="FILE", type=a_path, required=True, help="the trained model")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
-    parser.add_argument("--to", metavar="PATH", type=Path, help="a file, or for hf a folder; beside the checkpoint")
+    parser.add_argument("--to", metavar="PATH", type=a_path, help="a file, or for hf a folder; beside the checkpoint")
     parser.add_argument("--image-size", metavar="N", type=int, nargs="+", help="or height and width; that of the run")
     parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not of 1 alone")
     parser.add_argument("--model", metavar="NAME", default="", help="timm name, for weights that do not say theirs")
+    which = ["auto", "model", "ema"]
+    parser.add_argument("--weights", choices=which, default="auto", help="auto: the moving average if there is one")
     given = parser.parse_args(arguments)
     if given.image_size and (len(given.image_size) > 2 or min(given.image_size) < MIN_IMAGE_SIZE):
         parser.error(f"--image-size takes one number or two, each at least {MIN_IMAGE_SIZE}")
@@ -219,10 +246,11 @@ def may_replace(target: Path, as_folder: bool) -> bool:
 def export(arguments: list[str]) -> None:
     given = parse(arguments)
     file, suffix, as_folder = given.checkpoint, SUFFIXES[given.format], given.format == "hf"
-    trained = load_trained(str(file), torch.device("cpu"), given.model)
+    trained = load_trained(str(file), torch.device("cpu"), given.model, weights=given.weights)
+    print(*trained.notes, sep="\n", end="\n" * bool(trained.notes))
     trained.model.to(memory_format=torch.contiguous_format)
     torch.manual_seed(0)
-    size = ((given.image_size or [trained.config.DATA.IMG_SIZE]) * 2)[:2]
+    size = (given.image_size * 2)[:2] if given.image_size else height_and_width(trained.config.DATA.IMG_SIZE)
     any_batch = given.dynamic_batch or given.format not in GRAPHS
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
     source = Source(trained, str(file), torch.randn(2 if any_batch else 1, 3, *size), shapes)
@@ -244,10 +272,11 @@ def export(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
+    settle()
     try:
         export(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say_error(error)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)

@@ -4,18 +4,23 @@ Every fifth image goes to ``val/``, the others to ``train/``.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.surroundings import a_path
+
 VAL_EVERY = 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where to write train/ and val/")
+    parser.add_argument("folder", type=a_path, help="where to write train/ and val/")
     folder = parser.parse_args().folder
     digits = load_digits()
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):

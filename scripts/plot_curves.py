@@ -1,14 +1,14 @@
 """Draw the loss, accuracy and learning rate of a run: ``python scripts/plot_curves.py RESULTS_FOLDER``."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from utils.errors import Parser, UserError, say_error
+from utils.names import PLAIN_TEXT, drawable
+from utils.surroundings import a_path, settle
 
 
 def read_events(metrics: Path) -> tuple[list[dict], list[dict]]:
@@ -21,8 +21,18 @@ def read_events(metrics: Path) -> tuple[list[dict], list[dict]]:
 
 def draw(train: list[dict], evaluations: list[dict], title: str, path: Path) -> None:
     """Three panels over the step, as a PNG."""
+    import matplotlib  # only now, when there is a home folder for what it keeps
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(PLAIN_TEXT):
+        draw_panels(plt, train, evaluations, title, path)
+
+
+def draw_panels(plt, train: list[dict], evaluations: list[dict], title: str, path: Path) -> None:
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(drawable(title))
     steps = [e["step"] for e in train]
     loss.plot(steps, [e["loss"] for e in train], linewidth=1, label="training")
     for weights, name, style in (("model", "", "o-"), ("ema", " (EMA)", "s--")):
@@ -43,24 +53,29 @@ def draw(train: list[dict], evaluations: list[dict], title: str, path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="results folder of a run, with metrics.jsonl")
-    folder = parser.parse_args().folder
+def plot(arguments: list[str]) -> None:
+    parser = Parser(prog="scripts/plot_curves.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=a_path, help="results folder of a run, with metrics.jsonl")
+    folder = parser.parse_args(arguments).folder
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        print(
-            f"error: {metrics} is not there; give the results folder of a run (OUTPUT/MODEL.NAME/TAG)", file=sys.stderr
-        )
-        return 2
+        raise UserError(f"{metrics} is not there; give the results folder of a run (OUTPUT/MODEL.NAME/TAG)")
     train, evaluations = read_events(metrics)
     if not train:
-        print(f"error: {metrics} has no line about training yet", file=sys.stderr)
-        return 2
+        raise UserError(f"{metrics} has no line about training yet")
     draw(train, evaluations, f"{folder.parent.name}, run {folder.name}", folder / "curves.png")
     print(f"curves in {folder / 'curves.png'}")
+
+
+def main(arguments: list[str]) -> int:
+    settle()
+    try:
+        plot(arguments)
+    except UserError as error:
+        say_error(error)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

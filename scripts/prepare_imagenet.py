@@ -33,13 +33,18 @@ from torchvision.transforms.v2 import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import build_config
-from data.archive import ArchiveIndex, class_and_name, is_image
-from data.build import Images, open_images
-from data.decoding import decode, jpeg_size, tensor_to_pil
+from data.archive import ArchiveIndex, class_and_name
+from data.build import Images, build_decoding, open_images
+from data.decoding import ORIENTATION, Decoding, decode_with_orientation, jpeg_size, tensor_to_pil
+from data.files import describe_left_out, is_companion, is_image
 from data.folder import FileIndex
 from data.sampling import epoch_order
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
+from utils.names import printable
+from utils.surroundings import a_path, settle
 
+SETTINGS = ("DATA.UPRIGHT", "DATA.MAX_PIXELS", "DATA.WHITE")
+"""What --opts may set."""
 IMAGES_PER_TASK = 64
 """With --zip: what a process hands over at a time."""
 LONGEST_PLAIN_NAME = 60
@@ -51,11 +56,12 @@ TASKS_AHEAD = 4
 
 
 def main(arguments: list[str]) -> int:
+    settle()
     try:
         options = parse(arguments)
         prepare(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     except BrokenProcessPool:
         print("error: a process was killed (out of memory?); the same command carries on", file=sys.stderr)
@@ -68,20 +74,24 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     p = Parser(prog="scripts/prepare_imagenet.py", description=__doc__, allow_abbrev=False)
-    p.add_argument("source", metavar="SOURCE", type=Path, help="folder of the data set")
-    p.add_argument("out", metavar="OUT", type=Path, help="folder to write to, a new one or one that was begun")
+    p.add_argument("source", metavar="SOURCE", type=a_path, help="folder of the data set")
+    p.add_argument("out", metavar="OUT", type=a_path, help="folder to write to, a new one or one that was begun")
     p.add_argument("--format", default="auto", help="layout of SOURCE, as DATA.FORMAT; default: %(default)s")
     p.add_argument("--zip", action="store_true", help="write train.zip, train_map.txt and val in place of shards")
     p.add_argument("--images-per-shard", metavar="N", type=int, default=2000, help="default: %(default)s")
     p.add_argument("--short-side", metavar="PIXELS", type=int, default=0, help="resize larger images, for example 320")
     p.add_argument("--quality", metavar="Q", type=int, default=92, help="of resized JPEGs; default: %(default)s")
     p.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes; default: all cores")
+    p.add_argument("--opts", metavar="KEY VALUE", nargs="+", action="extend", default=[], help=f"{', '.join(SETTINGS)}")
     p.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="default: %(default)s")
     options = p.parse_args(arguments)
     for name, low, high in (("images_per_shard", 1, 10**7), ("short_side", 0, 10**5), ("quality", 1, 100),
                             ("workers", 1, 1024)):  # fmt: skip
         if not low <= getattr(options, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+    unused = [key for key in options.opts[::2] if key not in SETTINGS]
+    if unused:
+        raise UserError(f"--opts {unused[0]} changes nothing here; what does is {', '.join(SETTINGS)}")
     if options.out.resolve().is_relative_to(options.source.resolve()):
         raise UserError(f"OUT {options.out} lies in SOURCE {options.source}; give a folder outside it")
     return options
@@ -106,10 +116,14 @@ class Made(NamedTuple):
 
 def prepare(options: argparse.Namespace) -> None:
     """Write both splits; what is there already stays."""
-    opts = ["DATA.DATA_PATH", str(options.source), "DATA.FORMAT", options.format]
-    train, val, classes = open_images(build_config(opts=opts), training=True)
+    opts = ["DATA.DATA_PATH", str(options.source), "DATA.FORMAT", options.format, *options.opts]
+    config = build_config(opts=opts)
+    options.decoding = build_decoding(config)
+    train, val, classes = open_images(config, training=True)
     splits = [Split(name, images, folders_of(classes, options)) for name, images in (("train", train), ("val", val))]
     begin(options, {split.name: len(split.images) for split in splits})
+    if left_out := describe_left_out({split.name: split.images.left_out for split in splits}):
+        print(left_out)
     write = write_zip if options.zip else write_shards
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -154,7 +168,9 @@ def alone(out: Path) -> Iterator[None]:
 def folders_of(classes: list[str], options: argparse.Namespace) -> list[str]:
     """Names whose sorted order is that of the classes, since a reader of tar files numbers them so."""
     names = [name.replace("/", "_") for name in classes]
-    if len(set(names)) == len(names) and (options.zip or names == sorted(names)):
+    if options.zip:  # a line of the map file, and a name in the archive, must be text
+        names = ["".join(letter if letter.isprintable() else "_" for letter in name) for name in names]
+    if len(set(names)) == len(names) and (options.zip or names == sorted(names)) and not any(map(is_companion, names)):
         return names
     return [f"{number:05d}_{name}" for number, name in enumerate(names)]
 
@@ -164,11 +180,13 @@ def begin(options: argparse.Namespace, images: dict[str, int]) -> None:
     settings = {
         "source": str(options.source.resolve()), "format": options.format, "zip": options.zip, "images": images,
         "images_per_shard": options.images_per_shard, "short_side": options.short_side, "quality": options.quality,
+        "upright": options.decoding.upright, "white": options.decoding.white,
     }  # fmt: skip
     path = options.out / "prepare.json"
     try:
         if path.exists():
             begun = json.loads(path.read_text())
+            begun = {"upright": False, "white": 0.0} | begun  # older ones knew of nothing else
             different = [key for key in settings if begun.get(key) != settings[key]]
             if different:
                 key = different[0]
@@ -268,7 +286,7 @@ def prepared(numbers: Iterable[int], options: argparse.Namespace, skipped: list[
     for i in numbers:
         try:
             source, label = split.images[i]
-            data = shrunk(source, options.short_side, options.quality)
+            data = shrunk(source, options.short_side, options.quality, options.decoding)
         except UserError:
             raise
         except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
@@ -279,25 +297,33 @@ def prepared(numbers: Iterable[int], options: argparse.Namespace, skipped: list[
                 raise UserError(f"image {line}; mend or remove it, or go on without it: --on-bad-image skip") from error
             skipped.append(line)
         else:
-            name = f"{split.folders[label]}/{name_in_class(split.images, i)}"
+            name = f"{split.folders[label]}/{visible(name_in_class(split.images, i))}"
             yield Prepared(name, label, len(source) if isinstance(source, bytes) else len(data), data)
 
 
-def shrunk(data: bytes | Image.Image, short_side: int, quality: int) -> bytes:
-    """The file with a short side of at most ``short_side`` pixels, as JPEG; one that is small enough as it is."""
-    if isinstance(data, bytes) and (not short_side or ((size := jpeg_size(data)) and min(size[:2]) <= short_side)):
+def shrunk(data: bytes | Image.Image, short_side: int, quality: int, decoding: Decoding) -> bytes:
+    """The file with a short side of at most ``short_side`` pixels, as JPEG; one that is small enough as it is.
+
+    What is written anew keeps its EXIF orientation, so that DATA.UPRIGHT means the same for it as for the original;
+    unless it is turned here, which happens to small ones too.
+    """
+    is_file = isinstance(data, bytes)
+    size = jpeg_size(data) if is_file else None
+    if is_file and not decoding.upright and (not short_side or (size and min(size[:2]) <= short_side)):
         return data
-    pixels = decode(data)
+    pixels, orientation = decode_with_orientation(data, decoding)
     height, width = pixels.shape[1:]
-    if isinstance(data, bytes) and min(height, width) <= short_side:
+    turned, larger = decoding.upright and orientation > 1, short_side and min(height, width) > short_side
+    if is_file and not turned and not larger:
         return data
-    if short_side:
-        pixels = F.resize(pixels, [min(short_side, height, width)], InterpolationMode.BICUBIC, antialias=True)
-    file = io.BytesIO()
-    if short_side:
-        tensor_to_pil(pixels).save(file, "JPEG", quality=quality)
-    else:
-        tensor_to_pil(pixels).save(file, "PNG")
+    if larger:
+        pixels = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
+    options: dict = {"quality": quality}
+    if orientation > 1 and not turned:
+        options["exif"] = Image.Exif()
+        options["exif"][ORIENTATION] = orientation
+    form = "JPEG" if short_side or size else "PNG"
+    tensor_to_pil(pixels).save(file := io.BytesIO(), form, **options)
     return file.getvalue()
 
 
@@ -315,6 +341,11 @@ def name_in_class(images: Images, i: int) -> str:
         stem, suffix = name, "jpg"
     repeated = i and images.labels[i] == images.labels[i - 1] and member_in_class(images, i - 1) == name
     return f"{stem}~{i:08d}.{suffix}" if repeated or is_ambiguous(name) else name
+
+
+def visible(name: str) -> str:
+    """The name, changed where whoever reads the archive would take it for a hidden file."""
+    return "/".join(f"_{part}" if is_companion(part) else part for part in name.split("/"))
 
 
 def member_in_class(images: ArchiveIndex, i: int) -> str:
@@ -358,11 +389,6 @@ def start_worker(split: Split) -> None:
 def end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def printable(text: str) -> str:
-    """A file's name may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def results(tasks: Iterable[Future]) -> Iterator:

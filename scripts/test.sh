@@ -1,11 +1,29 @@
 #!/usr/bin/env bash
-# Set up and run the tests: all but the slow ones, or every one with --all. Other arguments go to pytest.
+# Set up and run the tests: all but the slow ones. Other arguments go to pytest.
+#
+#     bash scripts/test.sh
+#     bash scripts/test.sh --oldest   the same with the least versions that requirements.txt allows, in .venv-oldest
+#     bash scripts/test.sh --all      every test, and then --oldest
+#
+# PYTHON=python3.12 bash scripts/test.sh --oldest takes that Python instead of python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
 export OMP_NUM_THREADS=1 # two test processes share the cores
-if [ "${1:-}" = --all ]; then
+case "${1:-}" in
+--oldest)
     shift
-    exec python -m pytest -n 2 "$@"
-fi
-exec python -m pytest -n 2 -m "not slow" "$@"
+    versions=oldest
+    . scripts/environment.sh
+    exec python -m pytest -n 2 -m "not slow" "$@"
+    ;;
+--all)
+    shift
+    . scripts/environment.sh
+    python -m pytest -n 2 "$@"
+    bash scripts/test.sh --oldest "$@" || [ $? -eq 5 ] # which says that all tests that were asked for are slow ones
+    ;;
+*)
+    . scripts/environment.sh
+    exec python -m pytest -n 2 -m "not slow" "$@"
+    ;;
+esac

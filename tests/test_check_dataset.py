@@ -130,7 +130,7 @@ def test_every_fault_is_found_and_nothing_else(faulty, check, tmp_path, layout):
         "huge": {"huge"},
     }
     if layout == "folder":
-        (tmp_path / "data" / "train" / "a" / "gone.jpg").symlink_to("nowhere")
+        (tmp_path / "data" / "train" / "a" / "gone.jpg").symlink_to("/proc/self/mem")  # whose first page is not there
         expected["unreadable"] = {"gone"}
     done = check(tmp_path / "data")
     assert done.status == 1, done.stderr
@@ -177,13 +177,17 @@ def test_a_sound_data_set_and_its_contact_sheet(check, tmp_path):
         save(Image.new("RGB", (40 + i, 60 + 2 * i), colour), tmp_path / "data" / "train" / label / f"{i}.png")
     for label, colour in (("red", RED), ("green", GREEN), ("blue", BLUE)):
         save(Image.new("RGB", (50, 50), colour), tmp_path / "data" / "val" / label / "0.png")
+    (tmp_path / "data" / "train" / "red" / "photo.heic").touch()
+    (tmp_path / "data" / "val" / "blue" / "@eaDir").mkdir()
     plain = "AUG.AUTO_AUGMENT none AUG.COLOR_JITTER 0 AUG.REPROB 0 AUG.MIXUP 0 AUG.CUTMIX 0".split()
     done = check(tmp_path / "data", "--opts", *plain, "DATA.IMG_SIZE", "32")
     assert done.status == 0, done.stdout + done.stderr
     assert done.found() == {kind: set() for kind in KINDS}
-    assert "the data set is sound" in done.stdout
+    verdict = "the data set is sound; 1 file is left out, being no images of a class (train: 1 .heic)"
+    assert done.stdout.splitlines()[-1] == verdict
 
     report = done.report
+    assert [report["splits"][split]["left_out"] for split in ("train", "val")] == [{".heic": 1}, {}]
     train = report["splits"]["train"]
     assert (report["classes"], train["images"], train["decoded"], train["formats"]) == (3, 6, 6, {"PNG": 6})
     assert train["images_per_class"] == {

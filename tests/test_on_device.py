@@ -177,7 +177,7 @@ def test_erased_patches_are_those_of_timm():
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_the_device_stage_normalises_and_erases(mode):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    stage = DeviceStage(CPU, mean, std, FILL, "bicubic", mode, SIZE, seed=5)
+    stage = DeviceStage(CPU, mean, std, FILL, "bicubic", mode, (SIZE, SIZE), seed=5)
     images = as_batch(pictures())
     random.seed(1)
     patches = draw_patches(1.0, 1, SIZE, SIZE)
@@ -195,7 +195,7 @@ def test_the_device_stage_normalises_and_erases(mode):
     else:
         assert (patch == patch[:, :1, :1]).all()
         assert (patch == 0).all() == (mode == "const")
-    other = DeviceStage(CPU, mean, std, FILL, "bicubic", mode, SIZE, seed=6)(images, [Plan((), patches)] * 4)
+    other = DeviceStage(CPU, mean, std, FILL, "bicubic", mode, (SIZE, SIZE), seed=6)(images, [Plan((), patches)] * 4)
     assert torch.equal(other[1], out[1]) == (mode == "const"), "the noise follows the seed"
     assert torch.equal(stage(images[1:2], [Plan((), patches)])[0], out[1]), "and nothing else"
 

@@ -85,7 +85,8 @@ def test_bad_images_are_skipped_and_named(checkpoint, digits, tmp_path):
     images = [str(folder / name) for name in ("a 0.png", "b/1.PNG", "b/c/2.png")] + [str(last)]
     done = run("--checkpoint", checkpoint, folder, last, "--format", "csv", "--to", out, "--batch-size", 2)
     line = f"skipped image {folder / 'b/bad.jpg'}: cannot identify image file"
-    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [line])
+    said = [line, "left out, being no images: 1 .txt"]
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", said)
     rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
     assert [(row["file"], row["rank"]) for row in rows] == [(i, str(rank)) for i in images for rank in range(1, 6)]
     table = run("--checkpoint", checkpoint, folder, "--top", 2)
@@ -122,7 +123,7 @@ def test_sheet(checkpoint, digits, tmp_path):
         (["--checkpoint", "{best}", "{images}", "--image-size", "20"], "needs at least 32 x 32"),
         (["--checkpoint", "{best}", "{images}", "--top", "0"], "--top and --batch-size must be at least 1"),
         (["--checkpoint", "{best}", "{images}", "nowhere"], "nowhere is no file and no folder of images"),
-        (["--checkpoint", "{best}", "{tmp}"], "{tmp} is no file and no folder of images"),
+        (["--checkpoint", "{best}", "{tmp}"], "{tmp} is a folder without an image; give images or their folders"),
         (["--checkpoint", "{best}", "{images}", "--to", "{tmp}/no/x"], "{tmp}/no/x cannot be written: No such file"),
         (["--checkpoint", "{best}", "{images}", "--to", "{tmp}"], "{tmp} cannot be written: it is not a file"),
         (["--checkpoint", "{best}", "{images}", "--sheet", "{tmp}/no/x.png"], "{tmp}/no/x.png cannot be written"),

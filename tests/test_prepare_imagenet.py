@@ -183,10 +183,10 @@ def test_names_stay_apart(tmp_path):
 
 
 def test_odd_names_and_folders_of_files(tmp_path):
-    """Names that are no text, or hold a line's end; a map whose folders are not classes."""
+    """Names that are no text, or hold a line's end; a map with other classes and a hidden file."""
     for split in ("train", "val"):
         for name in (b"\xff.jpg", b"\xfe.jpg", b"a\nb.jpg"):
-            path = Path(os.fsdecode(os.fsencode(tmp_path / "source" / split / "n1") + b"/" + name))
+            path = Path(os.fsdecode(os.fsencode(tmp_path / "source" / split) + b"/n1\xe9\n/" + name))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(name)
     prepare(tmp_path / "source", tmp_path / "zipped", "--zip")
@@ -194,13 +194,15 @@ def test_odd_names_and_folders_of_files(tmp_path):
     (tmp_path / "map").mkdir()
     for split in ("train", "val"):
         with zipfile.ZipFile(tmp_path / "map" / f"{split}.zip", "w") as archive:
-            for name in ("a/1.jpg", "b/1.jpg", "a/2.jpg"):
+            for name in ("a/1.jpg", "b/1.jpg", "a/2.jpg", "a/.3.jpg"):
                 archive.writestr(name, name)
-        (tmp_path / "map" / f"{split}_map.txt").write_text("a/1.jpg\t0\nb/1.jpg\t0\na/2.jpg\t1\n")
+        (tmp_path / "map" / f"{split}_map.txt").write_text("a/1.jpg\t0\nb/1.jpg\t0\na/2.jpg\t1\na/.3.jpg\t0")
     for option in ((), ("--zip",)):
         out = tmp_path / f"of_map{len(option)}"
         prepare(tmp_path / "map", out, *option)
-        assert sorted(content(out)[1][0]) == [(b"a/1.jpg", 0), (b"a/2.jpg", 1), (b"b/1.jpg", 0)]
+        assert sorted(content(out)[1][0]) == [
+            (b"a/.3.jpg", 0), (b"a/1.jpg", 0), (b"a/2.jpg", 1), (b"b/1.jpg", 0)
+        ]  # fmt: skip
 
 
 def test_a_class_called_train(tmp_path):

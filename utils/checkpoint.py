@@ -4,10 +4,7 @@ import errno
 import hashlib
 import json
 import os
-import pickle
-import re
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +12,9 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from utils import inert
 from utils.errors import UserError
 from utils.files import NotWritten, reason_of, sync_folder, temporary_name
 
@@ -29,6 +28,15 @@ SEAL_SIZE = len(SEAL) + hashlib.sha256().digest_size
 CHUNK = 2**22
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder that timm has written."""
+MODEL_NAMES = ("model", "state_dict", "module", "model_state_dict", "model_state", "net", "network", "weights")
+EMA_NAMES = (
+    "ema", "model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "ema_model_state_dict",
+    "ema_weights", "ema_net", "net_ema", "ema_params", "params_ema",
+)  # fmt: skip
+"""Where trainers keep the weights in a file, and their moving average."""
+NOT_WEIGHTS = ("_extra_state", "decay", "n_averaged", "num_updates", "updates")
+"""Ends of the names of what may stand among weights without being a tensor."""
+LONGEST_KEY = 500
 
 
 class _Hashing:
@@ -145,9 +153,8 @@ class RefusedFile(UserError):
 def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     """The content of a checkpoint file, on the CPU; one that must be ``sealed`` only when its checksum is right.
 
-    Nothing in the file is executed: besides tensors and plain containers only yacs' ``CfgNode``, which published
-    checkpoints carry, is allowed, and read as the dict that it is. Of a folder as timm and the Hugging Face hub write
-    it, the weights are under ``model``, its ``config.json`` is under ``timm``.
+    Nothing in the file is executed: what is not a tensor is read as plain data (:mod:`utils.inert`). Of a folder as
+    timm and the Hugging Face hub write it, the weights are under ``model``, its ``config.json`` is under ``timm``.
 
     Raises:
         DamagedFile: the file is missing, damaged or not a checkpoint.
@@ -166,18 +173,17 @@ def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
                 raise DamagedFile(f"{path} is damaged or not a checkpoint: it does not begin like one")
         if sealed and not is_sealed(path):
             raise DamagedFile(f"{path} is damaged: its checksum is wrong or missing")
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(inert.stand_ins(path)):
+            content = inert.plain(torch.load(path, map_location="cpu", weights_only=True))
     except UserError:
         raise
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
-            raise RefusedFile(
-                f"{path} is refused: it asks to run code ({refused[1]}) when it is opened; "
-                "get the file from a source you trust, saved as a plain state dict"
-            ) from error
-        raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error
+    except inert.Refused as error:
+        raise RefusedFile(
+            f"{path} is refused: it asks to run code ({error}) when it is opened; "
+            "get the file from a source you trust, saved as a plain state dict"
+        ) from error
+    except inert.TooDeep as error:
+        raise DamagedFile(f"{path} is damaged or not a checkpoint: it is nested without end") from error
     except MemoryError as error:
         raise UserError(f"{path} cannot be read: there is not enough memory") from error
     except Exception as error:  # the reader meets arbitrary bytes and fails in arbitrary ways
@@ -198,17 +204,86 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         raise DamagedFile(
             f"{folder} is a folder without config.json; expected a checkpoint file, or a folder that timm has written"
         ) from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise DamagedFile(f"{path} is not what timm writes: it names no architecture") from error
     names = [name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
     return {"model": read(folder / (names or FOLDER_WEIGHTS)[0]), "timm": config}
 
 
-def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a checkpoint file's content: under ``model`` or ``state_dict``, or the content itself."""
-    state_dict = content.get("model", content.get("state_dict", content))
-    if not isinstance(state_dict, dict) or not state_dict:
+def weights_in(content: dict[str, Any], path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The weights in a checkpoint file's content: under ``model``, and where it has a moving average, under ``ema``.
+
+    They lie under one of the names in :data:`MODEL_NAMES`, or the content itself is them; their average under one of
+    :data:`EMA_NAMES` beside them, in a callback of Lightning, or among the weights with such a name before its keys.
+
+    Raises:
+        DamagedFile: there are none.
+    """
+    ema = _average_in([content, *_values(content.get("callbacks"))])
+    model = next((content[name] for name in MODEL_NAMES if isinstance(content.get(name), dict)), None)
+    if model is None and ema is not None:
+        return {"ema": _state_dict(ema, path)}
+    model = content if model is None else model
+    if ema is None:
+        parts: dict[bool, dict] = {True: {}, False: {}}
+        for key, value in model.items():
+            parts[isinstance(key, str) and key.partition(".")[0] in EMA_NAMES][key] = value
+        model, ema = (parts[False], parts[True]) if all(parts.values()) else (model, None)
+    if ema is None:
+        return {"ema" if content.get("weights") == "ema" else "model": _state_dict(model, path)}  # as in our best.pth
+    return {"model": _state_dict(model, path), "ema": _state_dict(ema, path)}
+
+
+def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint file's content; their moving average if that is all that it has."""
+    return next(iter(weights_in(content, path).values()))
+
+
+def choose(found: dict[str, dict[str, Tensor]], which: str, path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Of weights by kind those that are asked for: ``model``, ``ema``, or with ``auto`` ``ema`` where there is one.
+
+    Raises:
+        UserError: it has no such weights.
+    """
+    if which == "auto":
+        which = "ema" if "ema" in found else "model"
+    if which not in found:
+        kinds = {"model": "the weights themselves", "ema": "a moving average of the weights"}
+        there = next(iter(found))
+        raise UserError(f"{path} holds {kinds[there]}, not {kinds[which]}; choose MODEL.WEIGHTS {there} or auto")
+    return which, found[which]
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether the file holds all numbers of a tensor: it is not sparse, quantised, or one number said to be many."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _average_in(places: list[Any]) -> dict[str, Any] | None:
+    for place in places:
+        for name in EMA_NAMES if isinstance(place, dict) else ():
+            if isinstance(place.get(name), dict) and place[name]:
+                inner = place[name]
+                return next((inner[key] for key in MODEL_NAMES if isinstance(inner.get(key), dict)), inner)
+    return None
+
+
+def _values(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else []
+
+
+def _state_dict(value: dict[Any, Any], path: str | Path) -> dict[str, Tensor]:
+    if not value:
         raise DamagedFile(f"{path} holds no weights; expected a state dict, or a dict with one under 'model'")
-    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise DamagedFile(f"{path} is not a checkpoint: its state dict holds things that are not tensors")
-    return state_dict
+    for key, item in value.items():
+        if not isinstance(key, str) or len(key) > LONGEST_KEY:
+            raise DamagedFile(f"{path} is not a checkpoint: its state dict has keys that are not names")
+        if not isinstance(item, Tensor) and not key.endswith(NOT_WEIGHTS):
+            raise DamagedFile(f"{path} is not a checkpoint: its state dict holds things that are not tensors")
+        if isinstance(item, Tensor) and not is_whole(item):
+            raise UserError(
+                f"{path} cannot be used: its {key[:100]} is not a whole tensor of plain numbers; save it anew"
+            )
+    return {key: item for key, item in value.items() if isinstance(item, Tensor)}

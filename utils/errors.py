@@ -2,7 +2,10 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
+
+from utils.names import printable
 
 
 class UserError(Exception):
@@ -10,6 +13,11 @@ class UserError(Exception):
 
     The message names the thing and the remedy.
     """
+
+
+def say_error(error: Exception, where: str = "") -> None:
+    """Print the one line."""
+    print(f"error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from utils.distributed import is_main
 from utils.errors import UserError
 from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
 from utils.lock import Lock
+from utils.names import printable
+
+GROWING = ("log.txt", "metrics.jsonl", "skipped_images.txt", "tensorboard")
+"""The files of a results folder that lines are added to."""
 
 
 class RunLog:
@@ -80,7 +85,7 @@ class RunLog:
             purge_step = min(first_step + 1, lost_from)
             self._growing["tensorboard"] = EventFile(folder / "tensorboard", purge_step, self.unwritten)
         for name, records in (owed or {}).items():
-            self._growing[name].add(records.encode("latin-1"))
+            self._growing.setdefault(name, Appender(folder / name, self.unwritten)).add(records.encode("latin-1"))
         if mode == "train":
             for values in lines:
                 if values["step"] >= purge_step and "checkpoint" not in values:
@@ -110,7 +115,7 @@ class RunLog:
 
     def bad_image(self, line: str) -> None:
         """An image was skipped; every rank notes it in ``skipped_images.txt``, rank 0 says it too."""
-        self.append("skipped_images.txt", line)
+        self.append("skipped_images.txt", printable(line))
         if is_main():
             self._say(f"skipped image {line}")
 
@@ -170,16 +175,19 @@ class RunLog:
     def close(self) -> None:
         """Finish the bar, and what is not written yet."""
         if self._bar:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
         self.owed()
         if self._wandb:
             self._wandb.finish()
 
     def _say(self, text: str) -> None:
-        if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
+        text = printable(text)  # the name of a file or class may hold anything
+        with suppress(OSError):  # a terminal that was closed is nobody's loss: log.txt has the line
+            if self._bar:
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
         self._note(text)
 
     def _note(self, text: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError
+from utils.names import printable
 
 
 def start_wandb(folder: Path, config, first_step: int, keep: Callable[[str, str], None]):
@@ -32,7 +33,7 @@ def start_wandb(folder: Path, config, first_step: int, keep: Callable[[str, str]
         run = wandb.init(
             project=config.LOG.WANDB,
             id=name,
-            name=f"{config.MODEL.NAME} {config.TAG}",
+            name=printable(f"{config.MODEL.NAME} {config.TAG}"),
             config=yaml.safe_load(config.dump()),
             dir=folder,
             resume="allow",

@@ -6,6 +6,7 @@ Token maps are ``(B, H, W, C)`` throughout. State-dict keys are those of the pub
 The table of variants is at the end of the file; every variant is registered with timm.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -186,7 +187,9 @@ class Stage(nn.Module):
 def product_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of ``x`` are computed in."""
     kind = x.device.type
-    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Of all devices that networks run on, meta alone knows nothing of autocast; not every torch.compile can follow
+    # torch.amp.is_autocast_available
+    autocasts = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocasts else x.dtype
 
 
@@ -420,16 +423,18 @@ def _for_each_block(name: str, values: Sequence[PerBlock], depths: Sequence[int]
     return expanded
 
 
+WRAPPERS = re.compile(r"((module|backbone|model|_orig_mod|net|encoder|network)\.)*")
+"""What wrappers put before the keys of a model: DDP, torch.compile, Lightning and the like, also inside each other."""
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
     """A published state dict with this module's keys.
 
-    Takes off the prefixes ``module.`` and ``backbone.``, and drops the buffers of older files that are computed here.
+    Takes off the prefixes in :data:`WRAPPERS`, and drops the buffers of older files that are computed here.
     """
     computed_here = "attn.biases", "attn.relative_position_index"
     return {
-        key.removeprefix("module.").removeprefix("backbone."): value
-        for key, value in state_dict.items()
-        if not key.endswith(computed_here)
+        key[WRAPPERS.match(key).end() :]: value for key, value in state_dict.items() if not key.endswith(computed_here)
     }
 
 

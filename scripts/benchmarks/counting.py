@@ -12,6 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MADE_OF_OTHERS = torch._C.DispatchKey.CompositeImplicitAutograd
+"""The key of the kernels of operations that call others and compute nothing themselves: those that run in eager mode.
+
+(What ``OpOverload.decompose`` runs may be written anew in Python, and copy where the kernel does not.)
+"""
+
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "is_same_size"}
 """Operations of aten whose schema does not say that they compute nothing: they allocate, view or look."""
 
@@ -55,10 +61,9 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with self:  # in inference mode operations arrive that are made of others, as reshape of view and clone
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), MADE_OF_OTHERS):
+            with self:  # in inference mode such operations arrive, as reshape, which is made of view and clone
+                return func._op_dk(MADE_OF_OTHERS, *args, **kwargs)
         result = func(*args, **kwargs)
         if launches(func):
             self.kernels += 1

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from config import build_config
-from data.build import augments_on_device, build_train_stage, open_images
+from data.build import augments_on_device, build_decoding, build_train_stage, open_images
 from data.dataset import ImageDataset
 from data.decoding import decode
 from data.loading import TrainLoader
@@ -28,6 +28,7 @@ from data.sampling import TrainBatches
 from data.transforms import build_train_transform
 from scripts.benchmarks.common import machine, show_progress, synchronize
 from utils.errors import UserError
+from utils.image_size import height_and_width
 
 WARM_UP_BATCHES = 6
 STAGE_IMAGES = 400
@@ -96,7 +97,7 @@ def of_this_loader(config, on_device: bool, device: torch.device, whole: bool = 
     images = open_images(config, training=True)[0]
     batches = TrainBatches(len(images), min(config.DATA.BATCH_SIZE, len(images)), 1, 0, 1, config.SEED)
     on_device = on_device and augments_on_device(config, torch.device("cuda", 0))
-    dataset = ImageDataset(images, build_train_transform(config, on_device), config.SEED, replace_bad=True)
+    dataset = ImageDataset(images, build_train_transform(config, on_device), config.SEED, True, build_decoding(config))
     loader = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device), print)
     batches.last_step = ENDLESS
     if whole or device.type == "cuda":
@@ -145,14 +146,14 @@ def of_dali(config) -> Iterator[int]:
     """Decode the crop's region only, resize and flip; without the policy, for which DALI has other operations."""
     from nvidia.dali import fn, pipeline_def, types
 
-    size, batch_size = config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE
+    size, batch_size = list(height_and_width(config.DATA.IMG_SIZE)), config.DATA.BATCH_SIZE
 
     @pipeline_def(batch_size=batch_size, num_threads=config.DATA.NUM_WORKERS, device_id=None)
     def pipeline():
         data, labels = fn.readers.file(file_root=str(Path(config.DATA.DATA_PATH) / "train"), random_shuffle=True)
         aspect, area = tuple(config.AUG.RATIO), tuple(config.AUG.SCALE)
         images = fn.decoders.image_random_crop(data, random_aspect_ratio=aspect, random_area=area)
-        images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+        images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
         return fn.flip(images, horizontal=fn.random.coin_flip(probability=config.AUG.HFLIP)), labels
 
     running = pipeline()

@@ -16,7 +16,8 @@ from scripts.benchmarks.common import ratio, rounded
 from scripts.benchmarks.contenders import PLAIN
 from scripts.benchmarks.model import KINDS, floors, tflops
 from scripts.benchmarks.step import PARTS, compared_with
-from utils.errors import Parser, UserError
+from utils.errors import Parser, UserError, say_error
+from utils.surroundings import a_path
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 NO_MEMORY = "out of memory"
@@ -24,15 +25,15 @@ NO_MEMORY = "out of memory"
 
 def main() -> int:
     parser = Parser(prog="scripts/benchmarks/report.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where gpu_report.sh has written its figures")
-    parser.add_argument("page", type=Path, metavar="PAGE", help="a Markdown file with the two comments")
+    parser.add_argument("folder", type=a_path, metavar="FOLDER", help="where gpu_report.sh has written its figures")
+    parser.add_argument("page", type=a_path, metavar="PAGE", help="a Markdown file with the two comments")
     try:
         arguments = parser.parse_args()
         report = write_report(arguments.folder)
         (arguments.folder / "report.md").write_text(report, encoding="utf-8")
         put_into(arguments.page, report)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_error(error)
         return 2
     print(f"{arguments.folder / 'report.md'} is in {arguments.page}")
     return 0
