@@ -126,12 +126,13 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int, sa
                 "start anew with another --tag, or carry on all the same with --force-resume"
             )
         lines.append(problem)
+    elsewhere = same_run and Path(config.MODEL.RESUME).resolve().parent != path.resolve().parent
     differing = differing_settings(content["config"], config)
+    differing = [setting for setting in differing if setting[0] != "MODEL.RESUME" or elsewhere]
     for key, before, now in differing:
         if key in MUST_STAY:
             raise UserError(f"{path} was trained with {key} {before}, this run has {now}: keep it, or use --pretrained")
     refused = [(key, before, now) for key, before, now in differing if not may_change(key, before, now)]
-    refused = [s for s in refused if s[0] != "MODEL.RESUME" or Path(s[2]).resolve().parent != path.resolve().parent]
     if refused and same_run and not config.TRAIN.FORCE_RESUME:
         settings = ", ".join(f"{key} was {before!r}, is now {now!r}" for key, before, now in refused)
         raise UserError(
