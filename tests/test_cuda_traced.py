@@ -58,7 +58,8 @@ def network(name: str, **arguments) -> torch.nn.Module:
 def forward(model: torch.nn.Module, dtype: torch.dtype | None, how: str, training: bool) -> None:
     model.set_grad_checkpointing(how != "none", **({"selective": True} if how == "selective" else {}))
     side = model.pretrained_cfg["input_size"][-1]
-    images = torch.empty(2, 3, side, side, device=GPU).contiguous(memory_format=torch.channels_last)
+    # Higher than its own size, so that groups are padded and masked
+    images = torch.empty(2, 3, side + 32, side, device=GPU).contiguous(memory_format=torch.channels_last)
     with torch.set_grad_enabled(training), Precision(GPU, dtype, tf32=False).autocast():
         logits = model.train(training)(images)
         loss = build_criterion(build_config(), soft_targets=False)(logits, torch.zeros(2, dtype=torch.long, device=GPU))
