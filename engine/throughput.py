@@ -161,4 +161,7 @@ def print_table(result: dict) -> None:
             "unknown" if row["tflops"] is None else f"{row['tflops']:.3g}",
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         )
-    Console().print(table)
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.width = max(console.width, needed)  # figures that are cut off to fit would be wrong ones
+    console.print(table)

@@ -199,6 +199,11 @@ def make(name: str, source: Source, path: Path) -> None:
         with in_silence():
             exported = FORMATS[name](source, path)
             difference = torch.cat([model(images) - exported(images) for images in batches]).abs().max().item()
+    except ImportError as error:
+        raise UserError(
+            f"--format {name}: its packages do not fit torch {torch.__version__} ({error}); "
+            "pip install --upgrade onnx onnxscript onnxruntime"
+        ) from error
     except Exception as error:  # an exporter meets arbitrary models and fails in arbitrary ways
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error

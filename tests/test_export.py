@@ -75,6 +75,20 @@ def test_a_graph_computes_the_same_logits(tmp_path, form, suffix, batch):
     assert same(load_trained(file, CPU).model, load_graph(to), batch, 3, 96, 64)
 
 
+def test_packages_that_do_not_fit_torch_are_named(tmp_path):
+    """torch looks for parts of onnxscript by name, and an older onnxscript, here an empty one, does not have them."""
+    file = save_checkpoint(tmp_path / "best.pth", **NARROW)
+    (tmp_path / "site" / "onnxscript").mkdir(parents=True)
+    (tmp_path / "site" / "onnxscript" / "__init__.py").touch()
+    command = [sys.executable, "scripts/export.py", "--checkpoint", file, "--format", "onnx"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = r"error: --format onnx: its packages do not fit torch \S+ \(.*'onnxscript.*\); pip install --upgrade .*\n"
+    assert re.fullmatch(said, done.stderr)
+    assert sorted(os.listdir(tmp_path)) == ["best.pth", "site"]
+
+
 def test_safetensors(tmp_path):
     file = save_checkpoint(tmp_path / "best.pth", **NARROW)
     assert export.main(["--checkpoint", file, "--format", "safetensors"]) == 0

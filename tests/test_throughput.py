@@ -3,6 +3,7 @@
 import json
 
 from engine.model import giga_macs
+from engine.throughput import print_table
 
 
 def test_throughput_needs_no_data(run_main):
@@ -18,6 +19,17 @@ def test_throughput_needs_no_data(run_main):
         assert row["peak_memory_bytes"] > 0
     assert "images/s" in result.stdout
     assert "training step" in result.stdout
+
+
+def test_no_figure_is_cut_off(capsys):
+    """A step of hours makes the table wider than the 80 columns that a file has."""
+    milliseconds = {"median": 12345678.9, "min": 12345678.9, "max": 12345678.9}
+    row = {"images_per_second": 0.1, "milliseconds": milliseconds, "tflops": 0.000123, "peak_memory_bytes": 9e8}
+    about = {"model": "m", "parameters": 1, "gmac": 1, "image_size": 32, "precision": "fp32", "batch_size": 1}
+    print_table({**about, "compile": "none", "device": "CPU", "forward": row, "training_step": row})
+    printed = capsys.readouterr().out
+    assert "images/s" in printed
+    assert "12,345,678.9 - 12,345,678.9" in printed
 
 
 def test_under_torchrun_it_is_refused(run_main):
