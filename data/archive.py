@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from data.files import fewer_kinds
+from data.files import MAX_IMAGE_BYTES, fewer_kinds
 from data.index import ImageIndex, Scan, order
 from utils.errors import UserError
 
@@ -16,7 +16,6 @@ MAX_OPEN_FILES = 128
 """Of one process; a limit of 1,024 is usual, and a data set may have more shards than that."""
 MAX_CLASS_DIGITS = 6
 MAX_NAME = 300
-MAX_IMAGE_BYTES = 2**31 - 1
 SPLIT_FOLDERS = ("train", "val", "validation")
 
 

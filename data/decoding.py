@@ -14,6 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data.files import IMAGE_TYPES, MAX_IMAGE_BYTES
+
 try:
     import simplejpeg
 except ImportError:  # no build for this Python: torchvision's decoder gives the same pixels, as long as it has one
@@ -22,16 +24,14 @@ except ImportError:  # no build for this Python: torchvision's decoder gives the
     simplejpeg = None
     warnings.filterwarnings("ignore", message="The given buffer is not writable|The image decoding and encoding")
 
-MAX_IMAGE_BYTES = 2**30
-"""A file with more bytes is not read: it is no image, or one that a limit of pixels refuses anyway."""
 MAX_PIXELS = 178_956_970
 """What Pillow allows unless told otherwise."""
 
-RASTER_FORMATS = (
-    "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "HEIF", "JPEG2000", "DIB", "PCX", "TGA", "SGI", "SUN",
-    "QOI", "DDS", "PSD", "ICO", "ICNS", "XBM", "XPM", "MSP",
-)  # fmt: skip
-"""All that is ever opened, by Pillow's names: formats of pixels. It would start Ghostscript for an EPS file."""
+RASTER_FORMATS = (*IMAGE_TYPES, "HEIF")
+"""All that is ever opened, by Pillow's names: formats of pixels. It would start Ghostscript for an EPS file.
+
+HEIF under another type's name is decoded where a plug-in for it has been loaded.
+"""
 
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 STANDALONE = frozenset(range(0xD0, 0xD8)) | {0x01, 0xFF}

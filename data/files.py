@@ -55,6 +55,8 @@ COMPANIONS = frozenset(
 )  # fmt: skip
 """What systems put beside people's files, in small letters. Like names that begin with a dot, it is nobody's data."""
 
+MAX_IMAGE_BYTES = 2**30
+"""A file with more bytes is not read: it is no image, or one that a limit of pixels refuses anyway."""
 LONGEST_ENDING = 10
 KINDS_KEPT, KINDS_SHOWN = 50, 6
 

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name
-from data.files import check_is_file, is_data, is_image, kind_of, type_of
+from data.files import MAX_IMAGE_BYTES, check_is_file, is_data, is_image, kind_of, type_of
 from data.index import Layout, Scan
 from utils.errors import UserError
 
@@ -16,7 +16,6 @@ SIGNATURE = b"PK\x03\x04"
 NAME_AND_EXTRA = 512
 """So many bytes are read in advance for a member's name and extra fields; more of them cost a second read."""
 STORED, DEFLATED = 0, 8
-MAX_IMAGE_BYTES = 2**30
 
 
 class ZipIndex(ArchiveIndex):
@@ -32,7 +31,11 @@ class ZipIndex(ArchiveIndex):
         data = data[begin : begin + length]
         if len(data) < length:
             raise self.misfit(i)
-        return data if method == STORED else zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_IMAGE_BYTES)
+        if method == DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, MAX_IMAGE_BYTES + 1)
+            if len(data) > MAX_IMAGE_BYTES:
+                raise ValueError(f"it unfolds to more than {MAX_IMAGE_BYTES:,} bytes, too many for an image; remove it")
+        return data
 
     def member(self, i: int) -> str:
         data = self.bytes_at(i, int(self._offset[i]), LOCAL_HEADER.size + NAME_AND_EXTRA)

@@ -297,14 +297,16 @@ def test_a_tree_deeper_than_the_stack(tmp_path, monkeypatch):
             os.chdir(name)
 
     monkeypatch.chdir(tmp_path)
-    deeper("d", 1100)
-    Path("a.jpg").touch()
-    assert find_images(tmp_path).images == ["d/" * 1100 + "a.jpg"]
-    deeper("d" * 200, 20)
-    with pytest.raises(UserError, match="cannot be read: File name too long"):
-        find_images(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    subprocess.run(["rm", "-rf", "d"], check=True)
+    try:
+        deeper("d", 1100)
+        Path("a.jpg").touch()
+        assert find_images(tmp_path).images == ["d/" * 1100 + "a.jpg"]
+        deeper("d" * 200, 20)
+        with pytest.raises(UserError, match="cannot be read: File name too long"):
+            find_images(tmp_path)
+    finally:
+        monkeypatch.chdir(tmp_path)
+        subprocess.run(["rm", "-rf", "d"], check=True)  # nothing in Python can
 
 
 def test_a_class_folder_with_other_types_only_says_which(tmp_path):
@@ -501,6 +503,19 @@ def test_a_link_in_a_zip(tmp_path):
         info.create_system, info.external_attr = 3, 0o120777 << 16
         archive.writestr(info, "b.jpg")
     assert "val.zip:c/a.jpg is a link and not a file" in error_of(tmp_path, training=False)
+
+
+def test_a_member_of_a_zip_that_unfolds_to_more_than_an_image_has(tmp_path, monkeypatch):
+    """It is refused at a limit: neither cut at it without a word nor unfolded to its end."""
+    monkeypatch.setattr("data.zip.MAX_IMAGE_BYTES", 5000)
+    with zipfile.ZipFile(tmp_path / "val.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("c/a.jpg", bytes(5000))
+        archive.writestr("c/b.jpg", bytes(5001))
+    (tmp_path / "val_map.txt").write_text("c/a.jpg\t0\nc/b.jpg\t0\n")
+    images = opened(tmp_path, training=False)[1]
+    assert len(images.read(0)) == 5000
+    with pytest.raises(ValueError, match="unfolds to more than 5,000 bytes"):
+        images.read(1)
 
 
 # ---- The kept index
