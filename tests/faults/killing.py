@@ -149,7 +149,9 @@ def sweep(data: str, folder: Path, every: int) -> int:
         status = run(one, data, Places())
         try:
             assert (killed, status) == (-signal.SIGKILL, 0), (killed, status)
-            assert_same_tensors(files_of(one / "output" / "crossformer_micro" / "run"), whole)
+            found = files_of(one / "output" / "crossformer_micro" / "run")
+            assert found.keys() == whole.keys(), found.keys() ^ whole.keys()
+            assert_same_tensors(found, whole)
         except (AssertionError, OSError, ValueError) as error:
             wrong.append(place)
             print(f"killed at {place}: {type(error).__name__} {error}\n{(one / 'said.txt').read_text()}", flush=True)
