@@ -150,3 +150,17 @@ def test_the_documents_were_searched():
     assert len(commands(r"predict\.py")) >= 2
     assert len(EXPORTS) >= 4
     assert len(commands(r"scripts/\w+\.py")) >= 10
+
+
+def test_the_tests_that_the_documents_name_are_there():
+    there = {
+        (path.name, name)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    named = [
+        pair for page in PAGES for pair in re.findall(r"(?:(test_\w+\.py)::)?`?(test_\w+)(?=[`\[])", page.read_text())
+    ]
+    assert len(named) > 100
+    for file, name in named:
+        assert any(name == known and file in ("", home) for home, known in there), f"{file}::{name}"
