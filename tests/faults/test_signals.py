@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_RUN
-from test_kills import RANDOM, Run, assert_same_run, checkpoint
+from runs import RANDOM, Run, assert_same_run, checkpoint
 
 HANGING = """
 import os

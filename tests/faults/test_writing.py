@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, assert_same_tensors
 from killing import curves, files_of
-from test_kills import RANDOM, Run
+from runs import RANDOM, Run
 
 from engine.checkpoints import Checkpoints
 from utils.checkpoint import read
