@@ -261,11 +261,11 @@ PATHS = ("DATA.CACHE_DIR", "DATA.DATA_PATH", "MODEL.PRETRAINED", "MODEL.RESUME",
 
 NO_EFFECT = (
     "DATA.BATCH_SIZE", "DATA.CACHE_DIR", "DATA.CACHE_MODE", "DATA.DATA_PATH", "DATA.FORMAT", "DATA.MAX_PIXELS",
-    "DATA.NUM_WORKERS", "DATA.ON_BAD_IMAGE", "LOG.WANDB", "MODEL.WEIGHTS", "OUTPUT", "PRINT_FREQ", "TAG",
-    "TEST.REAL_LABELS", "TEST.REPORT", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH", "TRAIN.AUTO_RESUME",
-    "TRAIN.COMPILE", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME",
-    "TRAIN.HANG_MINUTES", "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS",
-    "TRAIN.SAVE_EVERY_MINUTES", "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
+    "DATA.NUM_WORKERS", "DATA.ON_BAD_IMAGE", "LOG.WANDB", "MODEL.NUM_CLASSES", "MODEL.WEIGHTS", "OUTPUT",
+    "PRINT_FREQ", "TAG", "TEST.REAL_LABELS", "TEST.REPORT", "TRAIN.ACCUMULATION_STEPS", "TRAIN.AUTO_MICRO_BATCH",
+    "TRAIN.AUTO_RESUME", "TRAIN.COMPILE", "TRAIN.EVAL_EVERY_EPOCHS", "TRAIN.FORCE_RESUME", "TRAIN.HANG_MINUTES",
+    "TRAIN.KEEP_EVERY_EPOCHS", "TRAIN.KEEP_LAST", "TRAIN.MAX_SKIPPED_STEPS", "TRAIN.SAVE_EVERY_MINUTES",
+    "TRAIN.SAVE_EVERY_STEPS", "TRAIN.USE_CHECKPOINT",
 )  # fmt: skip
 """Settings that a resumed run may change freely (what matters of a batch is checked as the global batch)."""
 
@@ -274,7 +274,8 @@ STARTED_FROM = ("MODEL.PRETRAINED", "MODEL.RESUME")
 
 NOT_ASKED_FOR = -1.0
 """The value of a rate that is left to the model."""
-LEFT_TO_THE_MODEL = ("MODEL.DROP_PATH_RATE", "MODEL.DROP_RATE")
+LEFT_TO_THE_MODEL = {"MODEL.DROP_PATH_RATE": 0.2, "MODEL.DROP_RATE": 0.0}
+"""Such rates, and what a run of another model than a CrossFormer has had for them so far."""
 
 PUBLISHED_DROP_PATH_RATES = {
     "crossformer_tiny": 0.1, "crossformer_small": 0.2, "crossformer_base": 0.3, "crossformer_large": 0.5,
@@ -592,6 +593,9 @@ def differing_settings(dumped: str, config: CfgNode) -> list[tuple[str, Any, Any
     """
     before, now = flatten(_C) | settings_in(dumped, "the checkpoint"), flatten(config)
     keys = [key for key in now if key not in (*NO_EFFECT, "BASE")]
+    for key, value in LEFT_TO_THE_MODEL.items():
+        now[key] = value if now[key] == NOT_ASKED_FOR else now[key]
+        before[key] = value if before[key] == NOT_ASKED_FOR else before[key]
     differing = [(key, before[key], now[key]) for key in keys if before[key] != now[key]]
     return [(key, there, here) for key, there, here in differing if here or key not in STARTED_FROM]
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 from typing import NoReturn
 
 from config import build_config
-from engine.stopping import CTRL_C_STATUS, Stopped, StopRequest, is_launched
+from engine.stopping import Stopped, StopRequest, is_launched
 from utils import distributed
 from utils.errors import Parser, UserError, did_you_mean
 from utils.names import printable
-from utils.processes import end_with_parent
+from utils.processes import CTRL_C_STATUS, end_with_parent
 from utils.surroundings import settle
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
@@ -23,9 +23,6 @@ APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use 
 
 SECONDS_FOR_RANK_0_TO_SPEAK = 5
 """torchrun ends all processes as soon as one has failed, so the silent ones wait."""
-
-SECONDS_FOR_NEWS = 3
-"""So long after an error that another rank's end may have caused, word may come that it was asked to stop."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,11 +113,9 @@ def train_until_stopped(config) -> int:
             from engine.train import train
 
             train(config, distributed.start(), stop)
-        except Exception:
-            if distributed.world_size() > 1:
-                time.sleep(SECONDS_FOR_NEWS)  # it may come of another rank's end
-            if stop.signal and not stop.answered:
-                stop.wait_for_rescue()
+        except Exception as error:
+            if distributed.world_size() > 1 and not stop.rescue and not isinstance(error, distributed.AgreedError):
+                stop.outlast(error)  # training itself has done so already
             raise
     return 0
 
@@ -137,7 +132,7 @@ def explain(error: BaseException) -> int:
             where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
             text, status = f"error{where}: {printable(str(error))}", 2
         case Stopped():
-            text = "" if error.request.answered else f"stopped by {error.request.name} before training began"
+            text = "" if error.request.answered or not distributed.is_main() else error.request.describe()
             error.request.answer()
             status = error.request.status
         case KeyboardInterrupt():

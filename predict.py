@@ -36,6 +36,7 @@ from engine.trained import TrainedModel, load_trained
 from utils.errors import Parser, UserError, say_error
 from utils.files import temporary_name
 from utils.names import drawable, font_file, harmless, printable
+from utils.processes import CTRL_C_STATUS
 from utils.surroundings import a_path, expanded, settle
 
 KEYS = ("class_index", "class", "probability")
@@ -232,7 +233,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        return 130
+        return CTRL_C_STATUS
 
 
 if __name__ == "__main__":

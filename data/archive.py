@@ -11,6 +11,7 @@ import numpy as np
 from data.files import MAX_IMAGE_BYTES, fewer_kinds
 from data.index import ImageIndex, Scan, order
 from utils.errors import UserError
+from utils.names import printable
 
 MAX_OPEN_FILES = 128
 """Of one process; a limit of 1,024 is usual, and a data set may have more shards than that."""
@@ -46,8 +47,7 @@ class ArchiveIndex(ImageIndex):
             member = self.member(i)
         except (OSError, UserError):
             member = f"byte {self._offset[i]:,}"
-        readable = "".join(letter if letter.isprintable() else "?" for letter in member[:MAX_NAME])
-        return f"{self.archive(i)}:{readable}"
+        return f"{self.archive(i)}:{printable(member[:MAX_NAME])}"
 
     def bytes_at(self, i: int, offset: int, length: int) -> bytes:
         """``length`` bytes of image ``i``'s archive, fewer at its end."""

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from utils.errors import UserError
+from utils.files import temporary_name
 
 VERSION = "crossformer-trainer index 2"
 SECONDS_WITHOUT_A_WORD = 2
@@ -183,7 +183,7 @@ def _build(layout: Layout, files: list[Path]) -> ImageIndex:
         patience.cancel()
     problems = []
     for file in files:
-        temporary = file.with_name(f"{file.name}.{platform.node()}.{os.getpid()}.tmp")
+        temporary = temporary_name(file)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             _save(layout, scan, began, temporary)

@@ -1,5 +1,6 @@
 """Batches on the device, in the order that a sampler gives."""
 
+import atexit
 import multiprocessing
 import signal
 import sys
@@ -17,7 +18,7 @@ from data.on_device import DeviceStage
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, Key, TrainBatches
 from utils.errors import UserError
-from utils.processes import end_with_parent
+from utils.processes import STOP_SIGNALS, end_with_parent
 
 PREFETCH_FACTOR = 2
 """Batches that each loader process works ahead."""
@@ -43,7 +44,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # what is sent to a whole group is for the main process to answer
     end_with_parent(signal.SIGKILL)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
@@ -57,6 +58,16 @@ def stop_on_bad_image(line: str) -> None:
 
 _workers: "weakref.WeakSet[multiprocessing.Process]" = weakref.WeakSet()
 """Loader processes of this one."""
+
+
+def _end_workers() -> None:
+    """At the end of a process that has left a loader unfinished. Later multiprocessing would ask them and wait."""
+    for worker in _workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+atexit.register(_end_workers)
 
 
 @contextmanager

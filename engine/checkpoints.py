@@ -78,11 +78,11 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether the last save is long enough ago."""
         elapsed = time.monotonic() - self._saved_at
-        return 0 < self._every_seconds <= elapsed or (self._owes() and elapsed >= SECONDS_TO_NEXT_TRY)
+        return 0 < self._every_seconds <= elapsed or (elapsed >= SECONDS_TO_NEXT_TRY and self._owes())
 
     def save_last(self, content: dict[str, Any], epoch_to_keep: int | None = None) -> None:
         """Save what a run needs to carry on; under the epoch's name too, if that is to be kept for good."""
-        self._wait()  # for the memory that the copy goes to, too
+        self.wait()  # for the memory that the copy goes to, too
         if self._owed_last and self._owed_last[1]:
             self._host_copy = HostCopy()  # what is to be kept for good stays where it is until it is written
         kept_as = self.epoch_file(epoch_to_keep) if epoch_to_keep is not None else None
@@ -91,7 +91,7 @@ class Checkpoints:
 
     def save_best(self, content: dict[str, Any]) -> None:
         """Save weights to use elsewhere; ``top1`` says how good they are."""
-        self._wait()
+        self.wait()
         self._best_weights = self._host_copy_of_best(content)
         self._start(self._write_best)
 
@@ -101,17 +101,17 @@ class Checkpoints:
         Raises:
             UserError: something could not be.
         """
-        self._wait()
+        self.wait()
         if self._owes():
             self._start(self._try_again)
-            self._wait()
+            self.wait()
         self.unwritten.check()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *error) -> None:
-        self._wait()
+        self.wait()
 
     def _start(self, write: Callable, *arguments: Any) -> None:
         self._writing = self._thread.submit(self._write, write, *arguments)
@@ -120,18 +120,21 @@ class Checkpoints:
         self._may_write()
         write(*arguments)
 
-    def _wait(self) -> None:
-        writing, self._writing = self._writing, None
+    def wait(self) -> None:
+        """Wait for the file that is being written, and tell of those that could not be."""
+        writing = self._writing
         try:
             if writing is not None:
-                writing.result()
+                writing.result()  # a signal may raise here, and whoever comes next has to wait on
         finally:
+            if writing is not None and writing.done():
+                self._writing = None
             outcomes, self._outcomes = self._outcomes, []
             for tell in outcomes:
                 tell(self.unwritten)
 
     def _attempt(self, path: Path, write: Callable[[], None]) -> bool:
-        """Whether ``path`` could be written; :meth:`_wait` reports it."""
+        """Whether ``path`` could be written; :meth:`wait` reports it."""
         try:
             write()
         except NotWritten as error:

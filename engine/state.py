@@ -1,6 +1,7 @@
 """What a run consists of besides its config and data."""
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -33,7 +34,8 @@ class TrainState:
 
     Attributes:
         carried: CARRIED of the checkpoint that the run goes on from, for whom it concerns.
-        changing: held while weights, step and the rest do not fit each other.
+        changing: held while weights, step and the rest change.
+        whole: whether they fit each other.
     """
 
     model: nn.Module
@@ -45,16 +47,29 @@ class TrainState:
     evaluated_step: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock)
+    whole: bool = True
+    _finished: torch.cuda.Event | None = None
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def begin_step(self) -> None:
         """Remember what a forward pass changes, BatchNorm's statistics, in case the step is never finished."""
-        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with self.changing:
+            self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
     def finish_step(self) -> None:
         """The step is done, and everything fits it."""
         self.step += 1
-        self._buffers = {}
+        self._buffers, self.whole = {}, True
+        if torch.cuda.is_initialized():
+            self._finished = torch.cuda.current_stream().record_event()
+
+    def on_another_stream(self) -> AbstractContextManager:
+        """Let a GPU copy the state as it was after the last step, whatever the stream in use is waiting for."""
+        if self._finished is None:
+            return nullcontext()
+        stream = torch.cuda.Stream()
+        stream.wait_event(self._finished)
+        return torch.cuda.stream(stream)
 
     def content_before_step(self) -> dict[str, Any]:
         """The same as :meth:`content` in the middle of a step: what was there before it."""
@@ -122,7 +137,8 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int, sa
         problem = f"{path} was trained on {content['images']:,} images, DATA.DATA_PATH has {images:,}"
         if not config.TRAIN.FORCE_RESUME:
             raise UserError(
-                f"{problem}, which changes their order: use the same data (DATA.ON_BAD_IMAGE skip for bad images), "
+                f"{problem}, which changes their order: use the same data (DATA.ON_BAD_IMAGE skip for bad images; "
+                "docs/data.md says which files are images), "
                 "start anew with another --tag, or carry on all the same with --force-resume"
             )
         lines.append(problem)

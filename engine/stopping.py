@@ -16,16 +16,18 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from utils.distributed import is_main
 from utils.errors import UserError
+from utils.processes import CTRL_C_STATUS, STOP_SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
 """By ``nohup`` and by a shell that starts something in the background; that stays so."""
 SAME_CTRL_C_SECONDS = 2
 """A launcher may hand on the Ctrl-C that the terminal has sent to all processes: that is no second one."""
 PATIENCE_SECONDS = 5
 """So long the main thread has to answer; who has sent a signal expects an end within ten."""
-CTRL_C_STATUS = 130
+SECONDS_FOR_NEWS = 3
+"""So long after an error that another rank's end may have caused, word may come that it was asked to stop."""
 END = 0
 """What is no signal's number."""
 
@@ -49,16 +51,19 @@ class StopRequest:
 
     Attributes:
         signal: the first one that has come; 0 for none.
-        rescue: saves what it can while the main thread is stuck; returns what to say of it.
+        rescue: saves what it can while the main thread is stuck; returns what to say. None before training begins.
         say: tells it to whoever watches.
+        agreed_by_all: whether every rank knows of it.
     """
 
     def __init__(self) -> None:
         self.signal = 0
-        self.rescue: Callable[[], str] = lambda: ""
+        self.rescue: Callable[[], str] | None = None
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self._handlers: dict[int, Any] = {}
         self._deferred = False
+        self.agreed_by_all = False
+        self._error = ""
         self._answered = threading.Event()
         self._stopped_by = 0
         self._asked = torch.zeros(1, dtype=torch.int32)
@@ -69,7 +74,7 @@ class StopRequest:
         self._wake_up, self._writer = socket.socketpair()  # Python itself writes there, whatever the main thread does
         self._writer.setblocking(False)
         self._wake_up_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             if number not in MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._take)
         self._thread = threading.Thread(target=self._guard, name="signals", daemon=True)
@@ -115,10 +120,15 @@ class StopRequest:
     def at_once(self) -> Iterator[None]:
         """Let a signal, and one that has come already, raise :class:`Stopped` within this block."""
         before, self._deferred = self._deferred, False
-        if self.signal:
-            raise Stopped(self)
-        yield
-        self._deferred = before
+        try:
+            if self.signal:
+                raise Stopped(self)
+            yield
+        except BaseException:
+            before = True  # one is enough, and after an error it is for the other thread to answer
+            raise
+        finally:
+            self._deferred = before
 
     def agreed(self) -> bool:
         """Whether to stop now. Every rank must ask after every step, and all get the same answer.
@@ -132,6 +142,7 @@ class StopRequest:
             self._asked.fill_(self.signal)
             self._answer = dist.all_reduce(self._asked, dist.ReduceOp.MAX, async_op=True)
         if stop:
+            self.agreed_by_all = dist.is_initialized()
             self.answer()
         return stop
 
@@ -149,10 +160,20 @@ class StopRequest:
         self._stopped_by = self.signal
         self._answered.set()
 
-    def wait_for_rescue(self) -> NoReturn:
-        """Let the other thread end the process: the main one has met an error while a signal waited for an answer."""
-        while True:
-            time.sleep(1)
+    def outlast(self, error: Exception) -> None:
+        """Find out whether an error comes of another rank's end: if a signal waits for an answer the process ends here.
+
+        The other thread ends it, as soon as it has saved what it can. Otherwise this returns.
+        """
+        self._error = "".join(traceback.format_exception_only(error)).strip()
+        deadline = time.monotonic() + SECONDS_FOR_NEWS
+        while time.monotonic() < deadline or (self.signal and not self.answered):
+            time.sleep(0.1)
+
+    def describe(self) -> str:
+        """What to say of a run that has ended before the loop could answer."""
+        carries_on = "; the same command carries on from the last save" if self.rescue else " before training began"
+        return f"stopped by {self.name}{carries_on}"
 
     def leave(self, status: int, text: str) -> NoReturn:
         """End the process at once, after a line that says why."""
@@ -172,27 +193,33 @@ class StopRequest:
     def _rescued(self) -> tuple[int, str]:
         """The exit status after what could be saved is, and what to say of it."""
         try:
-            text = self.rescue()
+            text = self.rescue() if self.rescue else self.describe() * is_main()
         except UserError as error:
             return 2, f"error: {error}"
         except Exception as error:  # a bug of ours, and nobody else to tell of it
             return 1, "".join(traceback.format_exception(error)).rstrip()
+        if self._error and text:
+            text += f" (after {self._error.splitlines()[0]})"
         return self.status, text
 
+    def _end_unanswered(self) -> None:
+        self._stopped_by = self.signal
+        self.leave(*self._rescued())
+
     def _guard(self) -> None:
-        first = None
+        first, ending = None, False
         while True:
-            left = None if first is None else max(0.0, first + PATIENCE_SECONDS - time.monotonic())
-            waits = left is not None and not self._answered.is_set()
-            if not select.select([self._wake_up], [], [], left if waits else None)[0]:
+            waits = first is not None and not ending and not self._answered.is_set()
+            left = max(0.0, first + PATIENCE_SECONDS - time.monotonic()) if waits else None
+            if not select.select([self._wake_up], [], [], left)[0]:
                 if not self._answered.is_set():
-                    self._stopped_by = self.signal
-                    self.leave(*self._rescued())
+                    ending = True
+                    threading.Thread(target=self._end_unanswered, name="rescue", daemon=True).start()
                 continue
             number = self._wake_up.recv(1)[0]
             if number == END:
                 return
-            if number not in SIGNALS:
+            if number not in STOP_SIGNALS:
                 continue
             self.signal = self.signal or number
             if first is None:
@@ -211,19 +238,19 @@ _listening: list[StopRequest] = []
 
 def _hold_signals() -> None:
     if _listening:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _release_signals() -> None:
     if _listening:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _ignore_signals() -> None:
     """In a new process: its trainer decides. What would be written to is the trainer's too."""
     if _listening:
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         _release_signals()
         _listening.clear()

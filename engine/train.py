@@ -1,5 +1,6 @@
 """Training. The loop in :func:`take_steps` reads from top to bottom like the algorithm."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -57,6 +58,9 @@ from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
 from utils.randomness import seed_everything
 from utils.watchdog import Watchdog
+
+RESCUE_SECONDS = 60
+"""So long a GPU may take to hand over the state; then what hangs is the GPU."""
 
 
 def train(config, device: torch.device, stop: StopRequest | None = None) -> None:
@@ -119,6 +123,10 @@ def train_in_folder(config, device: torch.device, lock: Lock, stop: StopRequest,
                     log.message(stopped_after(state.step, stop))
                     log.unwritten.check()
                     raise
+                except Exception as error:
+                    if world_size() > 1 and not isinstance(error, AgreedError):
+                        stop.outlast(error)  # it may come of another rank's end; the folder is still ours
+                    raise
         log.message(f"done: best top-1 {state.best_top1:.2f}  results in {output_dir(config)}")
 
 
@@ -157,6 +165,7 @@ def take_steps(
     def save() -> None:
         counts = {"meters": meters.content(), "skipped_images": skipped_images(loader)}
         if is_main():
+            checkpoints.wait()  # here, where a signal finds the state free, and not with it held
             with state.changing:
                 write_last(state.content(), counts)
 
@@ -172,11 +181,16 @@ def take_steps(
         """Save from another thread, while the main one is stuck in the middle of a step."""
         if not is_main():
             return ""
-        if not state.changing.acquire(timeout=PATIENCE_SECONDS):
-            return f"stopped by {stop.name} in the middle of a step; the same command carries on from the last save"
-        # The other ranks cannot be asked now
-        counts = {"meters": meters.content(of_all=False), "skipped_images": loader.skipped}
-        write_last(state.content_before_step(), counts)
+        if not state.changing.acquire(timeout=PATIENCE_SECONDS) or not state.whole:
+            checkpoints.finish()
+            return stop.describe()
+        given_up = threading.Timer(RESCUE_SECONDS, stop.leave, (1, f"error: {stop.name}: the GPU does not answer"))
+        given_up.start()
+        with state.on_another_stream():
+            # The other ranks cannot be asked now
+            counts = {"meters": meters.content(of_all=False), "skipped_images": loader.skipped}
+            write_last(state.content_before_step(), counts)
+        given_up.cancel()
         checkpoints.finish()
         return stopped_after(state.step, stop)
 
@@ -221,12 +235,13 @@ def take_steps(
                     state.scaler.scale(loss).backward()
                 step_loss += loss.detach()
         with state.changing:
+            state.whole = False
             grad_norm, finite = update_weights(state.optimizer, state.scaler, parameters, max_norm)
             if state.ema:
                 state.ema.update(state.model, step + 1, finite)
-            state.finish_step()
             skipped.add(finite)  # these two stay on the device
             meters.add(finite, loss=step_loss, grad_norm=grad_norm)
+            state.finish_step()
         stopwatch.images(loader.global_batch)
         log.advance(state.step)
         watchdog.beat(state.step)
@@ -495,17 +510,18 @@ def evaluate_and_keep_best(
         if is_best:
             state.best_top1 = result["top1"]
             if is_main():
-                checkpoints.save_best(
-                    {
-                        "model": model.state_dict(),
-                        "weights": weights,
-                        "step": state.step,
-                        "epoch": epoch,
-                        "classes": loaders.classes,
-                        "config": config.dump(),
-                        **result,
-                    }
-                )
+                content = {
+                    "model": model.state_dict(),
+                    "weights": weights,
+                    "step": state.step,
+                    "epoch": epoch,
+                    "classes": loaders.classes,
+                    "config": config.dump(),
+                    **result,
+                }
+                checkpoints.wait()
+                with state.changing:
+                    checkpoints.save_best(content)
         best = f"best {state.best_top1:.2f}" + (f" -> {checkpoints.best}" if is_best else "")
         log.evaluation({"step": state.step, "epoch": epoch, "weights": weights, **result}, best)
     state.evaluated_step = state.step

@@ -48,7 +48,7 @@ def _are_classes(value: Any) -> bool:
 
 def _are_sums(value: Any) -> bool:
     return isinstance(value, dict) and all(
-        name in ("", "loss", "grad_norm") and isinstance(sums, Tensor) and sums.ndim == 1 and _are_fractions(sums)
+        isinstance(name, str) and isinstance(sums, Tensor) and sums.ndim == 1 and _are_fractions(sums)
         for name, sums in value.items()
     )
 

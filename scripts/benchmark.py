@@ -26,6 +26,7 @@ from scripts.benchmarks.data import benchmark_data
 from scripts.benchmarks.model import benchmark_model
 from scripts.benchmarks.step import benchmark_step
 from utils.errors import Parser, UserError, say_error
+from utils.processes import CTRL_C_STATUS
 from utils.surroundings import a_path, expanded, settle
 
 BENCHMARKS = {
@@ -46,7 +47,7 @@ def main() -> int:
         say_error(error)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return CTRL_C_STATUS
     return 0
 
 

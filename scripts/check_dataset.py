@@ -50,6 +50,7 @@ from data.transforms import TrainTransform, build_eval_transform, build_train_tr
 from utils.errors import Parser, UserError, say_error
 from utils.image_size import height_and_width
 from utils.names import drawable, font_file, printable
+from utils.processes import CTRL_C_STATUS
 from utils.randomness import seed_everything
 from utils.surroundings import a_path, settle
 
@@ -702,7 +703,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)
-        return 130
+        return CTRL_C_STATUS
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from models.crossformer.embedding import MIN_IMAGE_SIZE
 from utils import checkpoint
 from utils.errors import Parser, UserError, say_error
 from utils.image_size import height_and_width
+from utils.processes import CTRL_C_STATUS
 from utils.surroundings import a_path, settle
 
 TOLERANCE = 1e-4
@@ -285,7 +286,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr, flush=True)
-        return 130
+        return CTRL_C_STATUS
     return 0
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-CTRL_C_STATUS = 130
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.processes import CTRL_C_STATUS, STOP_SIGNALS
 
 
 def ranks() -> list[int]:
@@ -41,15 +42,21 @@ def main(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     got: list[int] = []
 
+    def status() -> int:
+        return CTRL_C_STATUS if signal.SIGINT in got else 0
+
     def hand_on(number: int, frame) -> None:
         got.append(number)
-        for process in ranks():
+        started = ranks()
+        for process in started:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
+        if not started:  # none yet, or none any more: there is nothing to wait for
+            sys.exit(status())
 
     given = parse_args(arguments)
     given.signals_to_handle = "SIGQUIT"  # of the rest torchrun is not to know
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, hand_on)
     try:
@@ -57,7 +64,7 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         logging.getLogger(__name__).error("%s", error)
         return 1
-    return CTRL_C_STATUS if signal.SIGINT in got else 0
+    return status()
 
 
 if __name__ == "__main__":

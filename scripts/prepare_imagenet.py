@@ -41,6 +41,7 @@ from data.folder import FileIndex
 from data.sampling import epoch_order
 from utils.errors import Parser, UserError, say_error
 from utils.names import printable
+from utils.processes import CTRL_C_STATUS
 from utils.surroundings import a_path, settle
 
 SETTINGS = ("DATA.UPRIGHT", "DATA.MAX_PIXELS", "DATA.WHITE")
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command carries on", file=sys.stderr)
-        return 130
+        return CTRL_C_STATUS
     return 0
 
 

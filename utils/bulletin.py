@@ -3,6 +3,8 @@
 import json
 import os
 import threading
+import time
+from contextlib import suppress
 from typing import Protocol
 
 import torch.distributed as dist
@@ -10,13 +12,15 @@ import torch.distributed as dist
 from utils.distributed import rank, world_size
 
 SECONDS_BETWEEN_TURNS = 1.0
+SECONDS_TO_TELL = 3
 STOP = "stop"
 
 
 class Request(Protocol):
-    """The number of a signal that has come; 0 for none."""
+    """The number of a signal that has come, 0 for none; and whether every rank knows of it."""
 
     signal: int
+    agreed_by_all: bool
 
 
 class Bulletin:
@@ -36,7 +40,7 @@ class Bulletin:
         self.stop = stop
         self.step, self.activity = 0, "starting"
         self._turns = 0
-        self._done = threading.Event()
+        self._done, self._told = threading.Event(), threading.Event()
         self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
 
     def __enter__(self) -> "Bulletin":
@@ -47,6 +51,9 @@ class Bulletin:
     def __exit__(self, *error) -> None:
         if error[0] is None:  # else the others may have something to say of it
             self._done.set()
+        elif self._store and self.stop.signal and not self.stop.agreed_by_all:
+            self._told.wait(SECONDS_TO_TELL)
+            time.sleep(1.5 * SECONDS_BETWEEN_TURNS)  # so long it takes the others to look
 
     def lives(self) -> dict[int, list]:
         """Of each rank the number of its sign of life, its step and activity. It may take for ever."""
@@ -59,13 +66,13 @@ class Bulletin:
         }
 
     def _publish(self) -> None:
-        handed_on = False
-        while not self._done.wait(SECONDS_BETWEEN_TURNS):
-            self._turns += 1
-            self._store.set(f"life of rank {rank()}", json.dumps([self._turns, self.step, self.activity]))
-            if self.stop.signal and not handed_on:
-                handed_on = True
-                self._store.set(STOP, str(int(self.stop.signal)))
-            elif not self.stop.signal and self._store.check([STOP]):
-                handed_on = True
-                os.kill(os.getpid(), int(self._store.get(STOP)))
+        with suppress(RuntimeError):  # the store is gone, and with it the launcher or rank 0
+            while not self._done.wait(SECONDS_BETWEEN_TURNS):
+                self._turns += 1
+                self._store.set(f"life of rank {rank()}", json.dumps([self._turns, self.step, self.activity]))
+                if self.stop.signal and not self._told.is_set():
+                    self._store.set(STOP, str(int(self.stop.signal)))
+                    self._told.set()
+                elif not self.stop.signal and self._store.check([STOP]):
+                    self._told.set()
+                    os.kill(os.getpid(), int(self._store.get(STOP)))

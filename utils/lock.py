@@ -62,7 +62,7 @@ class Lock:
         self._me: dict[str, str | int] = {}
         self._beats = 0
         self._file: int | None = None
-        self._done = threading.Event()
+        self._done, self._checking = threading.Event(), threading.Lock()
         self._made: list[Path] = []
 
     def take(self) -> None:
@@ -93,22 +93,23 @@ class Lock:
         That happens to a process that was stopped for so long that another host took it for dead. One whose folder was
         removed takes it again.
         """
-        if self._file is None:
-            return
-        try:
-            holder = _read(self._path)
-            if holder is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._create(self._path)
+        with self._checking:
+            if self._file is None:
                 return
-        except FileExistsError:
-            holder = _read(self._path)
-        except OSError:  # a full disk, or a drive that does not answer now: nobody else can have taken it
-            return
-        if holder is not None and holder["id"] != self._me["id"]:
-            raise UserError(
-                f"{self.folder} was taken over by {_describe(holder)}, while this process gave no sign of life"
-            )
+            try:
+                holder = _read(self._path)
+                if holder is None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._create(self._path)
+                    return
+            except FileExistsError:
+                holder = _read(self._path)
+            except OSError:  # a full disk, or a drive that does not answer now: nobody else can have taken it
+                return
+            if holder is not None and holder["id"] != self._me["id"]:
+                raise UserError(
+                    f"{self.folder} was taken over by {_describe(holder)}, while this process gave no sign of life"
+                )
 
     def release(self) -> None:
         """Leave the folder to others; one that was made for nothing is removed."""

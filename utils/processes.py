@@ -1,7 +1,12 @@
-"""Processes that end with the one that has started them."""
+"""Signals that ask a run to stop, and processes that end with the one that has started them."""
 
 import ctypes
+import signal
 import sys
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+CTRL_C_STATUS = 130
+"""The exit status of what Ctrl-C has ended, as shells have it."""
 
 PR_SET_PDEATHSIG = 1
 

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from utils.bulletin import SECONDS_BETWEEN_TURNS, Bulletin
@@ -70,6 +71,10 @@ class Watchdog:
         # What is known without the others first: it may be all that there is time for
         print(f"{said} while {self._bulletin.activity} after step {self._bulletin.step:,}; {stacks}", file=sys.stderr)
         sys.stderr.flush()
+        with suppress(RuntimeError):  # the store may be gone
+            self._compare_lives(said)
+
+    def _compare_lives(self, said: str) -> None:
         before = self._bulletin.lives()
         if before:
             time.sleep(2.5 * SECONDS_BETWEEN_TURNS)

@@ -1,8 +1,11 @@
 """Checkpoint files that are cut short or changed: found out, renamed, and the one before is used."""
 
 import json
+import os
 import random
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -103,6 +106,27 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path):
     checkpoints.finish()
     assert (read(checkpoints.last)["model"]["w"] == 4).all()
     assert (read(checkpoints.latest[1])["model"]["w"] == 3).all()
+
+
+def test_a_save_is_waited_for_although_a_signal_interrupts_the_waiting(tmp_path, monkeypatch):
+    """The signal raises in the main thread, which then sees to it that everything is written."""
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (time.sleep(1), replace(*names)))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_last({"model": {}, "step": 1})
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.finish()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    checkpoints.finish()
+    assert read(checkpoints.last, sealed=True)["step"] == 1
 
 
 def test_a_save_that_fails_is_told_and_tried_again(tmp_path):

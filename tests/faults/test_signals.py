@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from runs import RANDOM, Run, assert_same_run, checkpoint
 
 HANGING = """
 import os
+import subprocess
 import sys
 
 sys.path.insert(0, {root!r})
@@ -238,3 +240,57 @@ def test_a_signal_while_the_model_is_compiled(tmp_path, digits, number):
     assert time.monotonic() - asked < 20
     assert "after step 0; the same command carries on" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["evaluation", "waiting"])
+def test_a_signal_to_one_rank_ends_all_whatever_they_are_at(tmp_path, digits, phase):
+    """The others do not hear of it in a step, for there is none."""
+    flags = (*FLAGS, "--data-path", digits, "--batch-size", "6")
+    run, mark = start_hanging(tmp_path, flags, "torchrun", phase)
+    wait_until_stuck(run, mark)
+    os.kill(run.pid_of_rank(1), signal.SIGTERM)
+    said = run.finish(status=0, seconds=60)
+    assert "Traceback" not in said
+    assert f"stopped by SIGTERM after step {checkpoint(tmp_path, 'run')['step']}" in said
+
+
+SLOW_RESCUE = """
+import signal
+import time
+
+from engine.stopping import StopRequest
+
+
+def rescue():
+    print("saving", flush=True)
+    time.sleep(60)
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with StopRequest() as stop:
+    stop.rescue = rescue
+    stop.defer()
+    print("stuck", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_save_that_takes_for_ever(tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", SLOW_RESCUE], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "stuck\n"
+    run.send_signal(signal.SIGINT)
+    assert run.stdout.readline() == "saving\n"
+    run.send_signal(signal.SIGINT)
+    assert run.wait(5) == 130
+
+
+@pytest.mark.slow
+def test_a_launcher_without_ranks_ends_at_once(tmp_path):
+    """It waits for another host, which never comes."""
+    flags = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--nproc_per_node", "1")
+    run = Run(tmp_path, launcher=("scripts/launch.py", *flags), preexec_fn=interruptible)
+    time.sleep(15)
+    run.process.send_signal(signal.SIGINT)
+    run.finish(status=130, seconds=15)
