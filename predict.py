@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.trained import TrainedModel, load_trained
 from utils.errors import Parser, UserError, say_error
-from utils.files import temporary_name
+from utils.files import temporary_name, write_whole
 from utils.names import drawable, font_file, harmless, printable
 from utils.processes import CTRL_C_STATUS
 from utils.surroundings import a_path, expanded, settle
@@ -156,20 +157,31 @@ def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
     return out.getvalue()
 
 
-def write_file(path: Path, data: bytes | None) -> None:
-    """Replace the file in one step; without data, only find out whether that can be done."""
-    temporary = temporary_name(path)
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What to say of a file that cannot be written."""
     try:
         if path.exists() and not path.is_file():
             raise OSError(0, "it is not a file")
-        temporary.write_bytes(data or b"")
-        if data is not None:
-            os.replace(temporary, path)
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another place") from error
-    finally:
-        if os.path.exists(temporary):
-            temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Find out whether a file can be written, and leave everything as it is."""
+    with naming(path):
+        temporary = temporary_name(path)
+        temporary.touch()
+        temporary.unlink()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace the file in one step."""
+    with naming(path):
+        if not path.parent.is_dir():
+            raise OSError(0, "there is no such folder")
+        write_whole(path, data)
 
 
 def parse(arguments: list[str]) -> Namespace:
@@ -197,7 +209,7 @@ def run(given: Namespace) -> int:
     (paths, left_out), device = find_images(given.images), torch.device(given.device)
     records, drawn, screen = [], [], Console(stderr=True)
     for path in filter(None, (given.to, given.sheet)):
-        write_file(path, None)  # after an hour it would be late to find out
+        check_writable(path)  # after an hour it would be late to find out
     trained = load_trained(given.checkpoint, device, given.model, given.image_size, given.weights)
     for line in trained.notes:
         screen.print(Text(printable(line)), soft_wrap=True)

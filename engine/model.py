@@ -102,10 +102,11 @@ def check_image_size(model: nn.Module, image_size: int | Sequence[int], device: 
             return
         own, shown = model.pretrained_cfg["input_size"][1:], describe_size(image_size)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if failure(own) is not None:  # so it is not the size
-            raise error
+        refused = f"DATA.IMG_SIZE {shown}: the model does not take it: {reason}"
+        if failure(own) is not None:  # it was built for another size still
+            raise UserError(refused) from error
         raise UserError(
-            f"DATA.IMG_SIZE {shown}: the model does not take it: {reason}; it takes {describe_size(own)}"
+            f"{refused}; it takes {describe_size(own)}"
             f"{_another_size(image_size) if model.pretrained_cfg.get('fixed_input_size') else ''}"
         ) from error
     finally:

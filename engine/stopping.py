@@ -26,6 +26,7 @@ SAME_CTRL_C_SECONDS = 2
 """A launcher may hand on the Ctrl-C that the terminal has sent to all processes: that is no second one."""
 PATIENCE_SECONDS = 5
 """So long the main thread has to answer; who has sent a signal expects an end within ten."""
+SECONDS_TO_FORK = 0.2
 SECONDS_FOR_NEWS = 3
 """So long after an error that another rank's end may have caused, word may come that it was asked to stop."""
 END = 0
@@ -61,7 +62,7 @@ class StopRequest:
         self.rescue: Callable[[], str] | None = None
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self._handlers: dict[int, Any] = {}
-        self._deferred = False
+        self._deferred = self._forking = False
         self.agreed_by_all = False
         self._error = ""
         self._answered = threading.Event()
@@ -186,7 +187,9 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
-        if not self._deferred and not self._answered.is_set():
+        if self._forking:  # what is raised in the hooks of a fork is lost; the same signal again finds it done
+            threading.Timer(SECONDS_TO_FORK, os.kill, (os.getpid(), number)).start()
+        elif not self._deferred and not self._answered.is_set():
             self._deferred = True  # once is enough
             raise Stopped(self)
 
@@ -238,11 +241,13 @@ _listening: list[StopRequest] = []
 
 def _hold_signals() -> None:
     if _listening:
+        _listening[-1]._forking = True
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def _release_signals() -> None:
     if _listening:
+        _listening[-1]._forking = False
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

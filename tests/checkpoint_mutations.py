@@ -217,7 +217,7 @@ def open_in_every_way(path: Path, config: Any, state: TrainState) -> dict[str, s
 
     def resume() -> None:
         content = checkpoint.read(path)
-        check_resumable(content, path, config, IMAGES)
+        check_resumable(content, path, config, IMAGES, same_run=False)
         state.restore(content, path)
         take_step(state)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,13 @@ def run() -> tuple[Any, Any, dict]:
 
 def resume(run, content: dict, path: Path = Path("last.pth")) -> None:
     config, state, _ = run
-    check_resumable(content, path, config, IMAGES)
-    copy.deepcopy(state).restore(content, path)
+    check_resumable(content, path, config, IMAGES, same_run=False)
+    copy_of(state).restore(content, path)
+
+
+def copy_of(state):
+    """With a lock of its own, since locks cannot be copied."""
+    return copy.deepcopy(state, {id(state.changing): threading.RLock()})
 
 
 def first(content: dict) -> dict:
@@ -120,7 +126,7 @@ def test_each_wrong_field_is_named(run, field):
 
 def test_a_whole_checkpoint_is_taken_as_it_is(run):
     _, state, content = run
-    other = copy.deepcopy(state)
+    other = copy_of(state)
     for tensor in [*other.model.state_dict().values(), *other.ema.module.state_dict().values()]:
         tensor.zero_()
     other.restore(copy.deepcopy(content), Path("last.pth"))
@@ -133,7 +139,7 @@ def test_moments_that_lie_elsewhere_in_memory_are_the_same_moments(run):
     """As views of one storage, and with other strides: the fused kernels know of neither."""
     ended = []
     for change in (lambda t: t, in_one_storage, in_another_order):
-        state, content = copy.deepcopy(run[1]), copy.deepcopy(run[2])
+        state, content = copy_of(run[1]), copy.deepcopy(run[2])
         for moments in content["optimizer"]["state"].values():
             moments.update({key: change(value) for key, value in moments.items() if value.ndim})
         state.restore(content, Path("last.pth"))
@@ -143,7 +149,7 @@ def test_moments_that_lie_elsewhere_in_memory_are_the_same_moments(run):
     for other in ended[1:]:
         assert_same_tensors(other["model"], ended[0]["model"])
         assert_same_tensors(other["optimizer"]["state"], ended[0]["optimizer"]["state"])
-    state, content = copy.deepcopy(run[1]), copy.deepcopy(run[2])
+    state, content = copy_of(run[1]), copy.deepcopy(run[2])
     one = torch.zeros(8)
     same = [m for m in content["optimizer"]["state"].values() if m["exp_avg"].shape == one.shape]
     for moments in same:
@@ -173,7 +179,7 @@ def test_every_optimizer_takes_its_own_state(run, opts):
     from config import build_config
 
     config = build_config(str(ROOT / "configs" / "micro.yaml"), [*SMALL, *opts])
-    state = copy.deepcopy(run[1])
+    state = copy_of(run[1])
     state.optimizer = build_optimizer(config, state.model)
     take_step(state)
     content = copy.deepcopy(state.content())

@@ -56,6 +56,7 @@ def test_every_truncation_and_every_kind_of_flip(tmp_path):
     print(f"{len(whole)} truncations, 270 flips")
 
 
+@pytest.mark.slow
 def test_flips_in_the_checkpoint_of_a_run(run_main, digits):
     flags = (*TINY_RUN, "--data-path", digits, "--batch-size", "24")
     result = run_main(*flags)

@@ -17,7 +17,8 @@ from runs import RANDOM, Run, assert_same_run, checkpoint
 from torch.distributed import TCPStore
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_sweep.py has a few kills that take less time
+@pytest.mark.parametrize("kills", [3, 30])
 def test_killed_again_and_again(tmp_path, digits, kills):
     """kill -9 of everything at random moments, in the middle of saving too, one after another in a single run."""
     epochs = max(8, kills)
@@ -87,7 +88,7 @@ def test_ranks_that_start_again_ignore_what_the_lost_ones_left(tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, digits, number, undisturbed):
     flags = (*TWO, *RARELY_SAVED, "--data-path", digits)
     run = Run(tmp_path, *flags, launcher=TORCHRUN)
@@ -103,6 +104,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, digits, nu
     assert_same_run(undisturbed, checkpoint(tmp_path, "run"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_reaches_the_ranks(tmp_path, digits):
     run = Run(tmp_path, *TWO, *RARELY_SAVED, "--data-path", digits, launcher=TORCHRUN)
     assert run.wait_for("step 20/72")
@@ -127,9 +129,10 @@ def test_ctrl_c_once_saves_and_twice_quits(tmp_path, digits):
     os.kill(run.process.pid, signal.SIGSTOP)  # so that it cannot end in between
     os.kill(run.process.pid, signal.SIGINT)
     os.kill(run.process.pid, signal.SIGCONT)
-    assert "after step" in run.finish(status=0)
+    assert "after step" in run.finish(status=130)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while(tmp_path, digits):
     """Files cannot grow beyond 1 MB from step 8 on, and can again from step 20 on."""
     flags = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "6", "TRAIN.SAVE_EVERY_STEPS", "3", "--data-path", digits)

@@ -35,6 +35,8 @@ def say():
 
 
 def read(self, i, before=data.folder.FileIndex.read):
+    if at == "training" and i < 3:
+        time.sleep(0.5)  # or the run might be done before the signal is sent
     which = "evaluation" if "val" in self.name(i) else "waiting"
     if at == which and i == 30 and (at == "evaluation" or os.path.exists(mark + ".epoch")):
         say()
@@ -163,13 +165,12 @@ def stop_and_carry_on(tmp_path, digits, undisturbed, number, target, phase, work
 
 QUICK = [
     (signal.SIGTERM, "group", "training", 2),
-    (signal.SIGINT, "process", "waiting", 2),
     (signal.SIGHUP, "group", "evaluation", 0),
     (signal.SIGUSR1, "process", "index", 0),
     (signal.SIGUSR1, "torchrun", "training", 2),
     (signal.SIGINT, "launch.py", "waiting", 0),
 ]
-"""Each signal, target, phase and number of workers at least once."""
+"""Each signal, phase and number of workers at least once, and all targets."""
 
 ALL = [case for case in itertools.product(NUMBERS, TARGETS, PHASES, (0, 2)) if case not in QUICK]
 
@@ -212,11 +213,12 @@ def test_a_terminal_that_is_closed(tmp_path, digits):
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(ROOT)
-        flags = (*FLAGS, "--data-path", digits, "--batch-size", "12", "--output", tmp_path / "output")
+        flags = (*FLAGS, "TRAIN.EPOCHS", "99", "--data-path", digits, "--batch-size", "12")
+        flags = (*flags, "--output", tmp_path / "output")
         os.execve(sys.executable, [sys.executable, "main.py", *map(str, flags)], {**os.environ, "OMP_NUM_THREADS": "1"})
     log = tmp_path / "output" / "crossformer_micro" / "run" / "log.txt"
     deadline = time.monotonic() + 120
-    while not log.exists() or "step 8/24" not in log.read_text():
+    while not log.exists() or "step 8/" not in log.read_text():
         assert time.monotonic() < deadline
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 65536)

@@ -111,8 +111,10 @@ def test_a_disk_without_a_byte_for_three_seconds(tmp_path, small_disk, digits, w
             filler.write(bytes(4096))
     os.kill(run.process.pid, signal.SIGCONT)
     assert run.wait_for("No space left on device")
+    os.kill(run.process.pid, signal.SIGSTOP)  # else it might be done before the three seconds are over
     time.sleep(3)
     os.unlink(small_disk / "filler")
+    os.kill(run.process.pid, signal.SIGCONT)
     said = run.finish()
     assert "error: " in said
     found = files_of(folder)
