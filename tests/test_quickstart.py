@@ -11,7 +11,7 @@ from conftest import ROOT
 
 def test_quickstart(tmp_path):
     """In a copy of the project, twice: the second time there is nothing left to train."""
-    leave_out = shutil.ignore_patterns(".git", ".venv", "output", "quickstart", "__pycache__")
+    leave_out = shutil.ignore_patterns(".git", ".venv*", "output", "quickstart", "__pycache__")
     project = shutil.copytree(ROOT, tmp_path / "project", ignore=leave_out)
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": path}
