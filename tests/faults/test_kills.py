@@ -88,7 +88,8 @@ def test_ranks_that_start_again_ignore_what_the_lost_ones_left(tmp_path):
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, digits, number, undisturbed):
     flags = (*TWO, *RARELY_SAVED, "--data-path", digits)
     run = Run(tmp_path, *flags, launcher=TORCHRUN)
@@ -113,6 +114,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(tmp_path, digits):
     assert f"stopped by SIGTERM after step {checkpoint(tmp_path, 'run')['step']}; the same command" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_once_saves_and_twice_quits(tmp_path, digits):
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "200", "TRAIN.EVAL_EVERY_EPOCHS", "200", "--data-path", digits)
     flags = (*flags, "--batch-size", "6")
@@ -155,6 +157,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, digits):
     assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full(tmp_path, digits):
     """Training goes on to its end; that its result could not be saved is in the exit status."""
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "3", "--data-path", digits, "--batch-size", "12")
@@ -202,7 +205,7 @@ def run_with(kind: str, steps: str, tmp_path: Path, *arguments) -> subprocess.Co
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_a_bad_batch_is_as_if_it_had_not_been(tmp_path, digits, optimizer):
     """NaN in the first step, in one in the middle and in two in a row: weights, optimizer and EMA stay clean."""
     flags = (*TINY_RUN, *RANDOM, "TRAIN.OPTIMIZER.NAME", optimizer, "--data-path", digits, "--batch-size", "12")
