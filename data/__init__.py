@@ -1,6 +1,8 @@
 """From bytes on disk to batches on the device."""
 
-from data.build import Loaders, build_loaders, fingerprint
+from data.build import build_eval_loader, build_train_loader, fingerprint
+from data.dataset import Sample
+from data.loading import Batch
 from data.mixing import build_mixing
 
-__all__ = ["Loaders", "build_loaders", "build_mixing", "fingerprint"]
+__all__ = ["Batch", "Sample", "build_eval_loader", "build_mixing", "build_train_loader", "fingerprint"]

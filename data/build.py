@@ -2,16 +2,16 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from data.dataset import ImageDataset
+from data.dataset import ImageDataset, Sample
 from data.decoding import Decoding
-from data.files import describe_left_out
 from data.index import ImageIndex, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
@@ -19,77 +19,55 @@ from data.on_device import OPERATIONS, DeviceStage
 from data.policy import Recorder, build_policy, fill_colour
 from data.sampling import EvalBatches, TrainBatches
 from data.timm_dataset import TimmImages
-from data.transforms import build_eval_transform, build_train_transform
 from data.warming import read_ahead
 from utils.distributed import rank, world_size
 from utils.errors import UserError
 from utils.image_size import height_and_width
 
-
-class Loaders(NamedTuple):
-    """What a run reads. ``train`` is None in evaluation."""
-
-    train: TrainLoader | None
-    val: EvalLoader
-    classes: list[str]
-    augments_on_device: bool
-
-    def left_out(self) -> str:
-        """One line about the files that lie in the data and are not used; empty where there are none."""
-        loaders = {"train": self.train, "val": self.val}
-        return describe_left_out({split: x.dataset.index.left_out for split, x in loaders.items() if x})
+Images = ImageIndex | TimmImages
 
 
-def build_loaders(config, device: torch.device, training: bool = True) -> Loaders:
-    """Loaders of ``config.DATA.DATA_PATH``; the classes are those of its training images (or val's, without any).
+def build_train_loader(
+    config, index: Images, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
+) -> TrainLoader:
+    """The training batches of this rank.
+
+    Args:
+        index: the training images.
+        sample: makes a sample of ``index[i]``; see :class:`data.dataset.ImageDataset`.
+        size: height and width of every sample's image.
+        stage: makes float images on the device of uint8 images and their plans.
 
     Raises:
-        UserError: something is missing, damaged or empty, or there are too few images for one step.
+        UserError: there are too few images for one step.
     """
-    train_images, val_images, classes = open_images(config, training)
-    if config.MODEL.NUM_CLASSES not in (0, len(classes)):
+    batches = TrainBatches(
+        len(index), config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS, rank(), world_size(), config.SEED
+    )
+    if batches.steps_per_epoch == 0:
         raise UserError(
-            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}, but {config.DATA.DATA_PATH} has {len(classes)} classes; "
-            "leave it at 0 to take the number from the data"
+            f"{config.DATA.DATA_PATH} has {len(index)} training images, fewer than one step takes: "
+            f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUMULATION_STEPS "
+            f"{config.TRAIN.ACCUMULATION_STEPS} x {world_size()} processes = {batches.global_batch}; "
+            "use a smaller --batch-size"
         )
-    for images in (train_images, val_images):
-        if images is not None and config.DATA.CACHE_MODE != "no":
-            keep_in_memory(images, config.DATA.CACHE_MODE)
+    dataset = ImageDataset(index, sample, config.SEED, replace_bad=config.DATA.ON_BAD_IMAGE == "skip")
+    return TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
-    train, on_device = None, training and augments_on_device(config, device)
-    if training:
-        batches = TrainBatches(
-            len(train_images),
-            config.DATA.BATCH_SIZE,
-            config.TRAIN.ACCUMULATION_STEPS,
-            rank(),
-            world_size(),
-            config.SEED,
-        )
-        if batches.steps_per_epoch == 0:
-            raise UserError(
-                f"{config.DATA.DATA_PATH} has {len(train_images)} training images, fewer than one step takes: "
-                f"DATA.BATCH_SIZE {config.DATA.BATCH_SIZE} x TRAIN.ACCUMULATION_STEPS "
-                f"{config.TRAIN.ACCUMULATION_STEPS} x {world_size()} processes = {batches.global_batch}; "
-                "use a smaller --batch-size"
-            )
-        transform = build_train_transform(config, on_device)
-        skip = config.DATA.ON_BAD_IMAGE == "skip"
-        dataset = ImageDataset(train_images, transform, config.SEED, skip, build_decoding(config))
-        train = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device))
+
+def build_eval_loader(
+    config, index: Images, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
+) -> EvalLoader:
+    """This rank's share of the validation images; arguments as for :func:`build_train_loader`."""
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
-    dataset = ImageDataset(val_images, build_eval_transform(config), config.SEED, False, build_decoding(config))
-    batches = EvalBatches(len(dataset), config.DATA.BATCH_SIZE, rank(), world_size())
-    stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
-    return Loaders(train, EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, stage), classes, on_device)
+    dataset = ImageDataset(index, sample, config.SEED, replace_bad=False)
+    batches = EvalBatches(len(index), config.DATA.BATCH_SIZE, rank(), world_size())
+    return EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
 
 def build_decoding(config) -> Decoding:
     """How the settings want pixels to be made of a file."""
     return Decoding(config.DATA.UPRIGHT, config.DATA.MAX_PIXELS, config.DATA.WHITE)
-
-
-Images = ImageIndex | TimmImages
 
 
 def open_images(config, training: bool) -> tuple[Images | None, Images, list[str]]:
@@ -123,6 +101,15 @@ def open_timm_images(config, root: Path, training: bool) -> tuple[TimmImages | N
     if not classes:
         raise UserError(f"DATA.FORMAT {config.DATA.FORMAT} does not tell its classes: set MODEL.NUM_CLASSES")
     return train, val, classes
+
+
+def check_num_classes(config, classes: list[str]) -> None:
+    """Refuse a MODEL.NUM_CLASSES that is not the number of classes in the data."""
+    if config.MODEL.NUM_CLASSES not in (0, len(classes)):
+        raise UserError(
+            f"MODEL.NUM_CLASSES {config.MODEL.NUM_CLASSES}, but {config.DATA.DATA_PATH} has {len(classes)} classes; "
+            "leave it at 0 to take the number from the data"
+        )
 
 
 def fingerprint(images: Images) -> str:
@@ -163,14 +150,16 @@ def build_train_stage(config, device: torch.device) -> DeviceStage:
     )
 
 
-def keep_in_memory(images: Images, mode: str) -> None:
-    """Read the files before the run: each process of the host a ``part``, or each of them the ``full`` data."""
-    if isinstance(images, TimmImages):
-        raise UserError("DATA.CACHE_MODE is for folders and archives; leave it at no for a data set of timm's")
+def keep_in_memory(config, *indexes: Images) -> None:
+    """Read the files before the run: each process of a host a part of them, or all (DATA.CACHE_MODE)."""
+    mode = config.DATA.CACHE_MODE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if mode == "part" else 1
-    try:
-        read_ahead(images, int(os.environ.get("LOCAL_RANK", 0)) % processes, processes)
-    except OSError as error:
-        raise UserError(
-            f"DATA.CACHE_MODE {mode}: {error.filename or images.root} cannot be read: {error.strerror}"
-        ) from error
+    for index in indexes if mode != "no" else ():
+        if isinstance(index, TimmImages):
+            raise UserError("DATA.CACHE_MODE is for folders and archives; leave it at no for a data set of timm's")
+        try:
+            read_ahead(index, int(os.environ.get("LOCAL_RANK", 0)) % processes, processes)
+        except OSError as error:
+            raise UserError(
+                f"DATA.CACHE_MODE {mode}: {error.filename or index.root} cannot be read: {error.strerror}"
+            ) from error

@@ -1,11 +1,12 @@
-"""Images as a pure function of (seed, epoch, index)."""
+"""Samples as a pure function of (seed, epoch, index), and batches of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,125 +23,156 @@ MAX_REPLACEMENTS = 100
 
 
 class Sample(NamedTuple):
-    """One image ``(3, H, W)`` uint8 with its class and what remains to be done to it, or None instead of an image.
+    """What a task makes of one item of an index.
 
-    ``number`` is its place in the index, ``orientation`` what EXIF says (1 is upright), 0 where nobody has looked.
-    ``bad`` has a line for each file that could not be decoded, ``failure`` one that says why there can be no image at
+    Attributes:
+        image: ``(3, H, W)`` uint8.
+        target: what is to be learned of it. Numbers become a batch ``(B,)`` int64; tensors must be of one shape.
+        plan: what remains to be done to the image on the device.
+        orientation: what EXIF says, 1 to 8 (1 is upright); 0 where nobody has looked.
+    """
+
+    image: Tensor
+    target: int | Tensor
+    plan: Plan = Plan()
+    orientation: int = 0
+
+
+@dataclass
+class DecodeAndTransform:
+    """Makes samples of encoded images whose targets stay what the index says, as the numbers of classes do.
+
+    Args:
+        transform: decoded image to uint8 image and plan; it may draw from Python's, numpy's and torch's generators.
+        decoding: how pixels are made of a file.
+    """
+
+    transform: Callable[[Tensor], tuple[Tensor, Plan]]
+    decoding: Decoding = AS_PUBLISHED
+
+    def __call__(self, raw: tuple[bytes | Image.Image, int], look: bool) -> Sample:
+        """The sample of an item of an index; ``look`` at EXIF's orientation also where it changes no pixel."""
+        data, target = raw
+        pixels, orientation = decode_with_orientation(data, self.decoding, look)
+        image, plan = self.transform(pixels)
+        return Sample(image, target, plan, orientation)
+
+
+class Item(NamedTuple):
+    """One place of a batch: a sample and its number in the index, or None where none could be made.
+
+    ``bad`` has a line for each image that could not be decoded, ``failure`` one that says why there can be no sample at
     all (a file that cannot be opened, say). A worker hands both on instead of raising, which would lose the plain line.
     """
 
-    image: Tensor | None
-    target: int
-    plan: Plan = Plan()
+    sample: Sample | None
     number: int = -1
-    orientation: int = 0
     bad: tuple[str, ...] = ()
     failure: str = ""
 
 
 @dataclass
-class Report:
-    """What comes with a batch besides: each image's plan, number and orientation; the others as in a sample."""
+class HostBatch:
+    """What the workers make of the samples of a batch; a batch on the device is a :class:`data.loading.Batch`.
 
+    Attributes:
+        images: ``(B, 3, H, W)`` uint8, channels last, or where they lie in a ring.
+        targets: ``(B, ...)``; as numpy's array on the way from a worker.
+        plans, numbers, orientations: of each image.
+        bad, failure: as in an item, of the whole batch.
+    """
+
+    images: Tensor | Slot
+    targets: Tensor | np.ndarray
     plans: list[Plan]
     numbers: list[int]
     orientations: list[int]
     bad: list[str]
     failure: str
 
-
-class Batch(NamedTuple):
-    """Images ``(B, 3, H, W)`` uint8, channels last (or where they lie), and their classes ``(B,)`` int64."""
-
-    images: Tensor | Slot
-    targets: Tensor | np.ndarray
-    report: Report
+    def pin_memory(self) -> "HostBatch":
+        """Copy the images into page-locked memory; the loader's thread for that calls this."""
+        return replace(self, images=self.images.pin_memory())
 
 
 class ImageDataset(Dataset):
-    """Reads, decodes and transforms the images of an index.
+    """Reads the images of an index and makes samples of them.
 
     Args:
-        index: which images there are; ``index[i]`` gives the bytes of image ``i`` and its class.
-        transform: decoded image to uint8 image and plan; it may draw from Python's, numpy's and torch's generators.
+        index: which images there are; ``index[i]`` gives the bytes of image ``i`` (or a PIL image) and its label.
+        sample: makes a sample of ``index[i]``; the second argument says whether to look at EXIF's orientation.
         seed: of the run.
         replace_bad: take the next image of the index that can be decoded in place of one that cannot.
-        decoding: how pixels are made of a file.
     """
 
     def __init__(
-        self,
-        index: ImageIndex | TimmImages,
-        transform: Callable,
-        seed: int,
-        replace_bad: bool,
-        decoding: Decoding = AS_PUBLISHED,
+        self, index: ImageIndex | TimmImages, sample: Callable[[Any, bool], Sample], seed: int, replace_bad: bool
     ):
         self.index = index
-        self.transform = transform
+        self.sample = sample
         self.seed = seed
         self.replace_bad = replace_bad
-        self.decoding = decoding
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The image at ``(epoch, i)``; the same key gives the same pixels in whatever process and order."""
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        """The item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
         epoch, i = key
         seed_cpu(derive_seed(self.seed, "sample", epoch, i))
+        look = epoch == 0  # how many are turned is told of the first epoch, so nobody need look for it later
         bad: list[str] = []
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
             try:
-                data, target = self.index[candidate]
-                # How many are turned is told of the first epoch, so nobody need look for it later
-                image, orientation = decode_with_orientation(data, self.decoding, look=epoch == 0)
+                sample = self.sample(self.index[candidate], look)
             except UserError as error:
-                return Sample(None, 0, bad=tuple(bad), failure=str(error))
+                return Item(None, bad=tuple(bad), failure=str(error))
             except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
                 if getattr(error, "errno", None):  # it is not the image that is bad
                     failure = f"image {self.index.name(candidate)}: {error.strerror}"
-                    return Sample(None, 0, bad=tuple(bad), failure=failure)
+                    return Item(None, bad=tuple(bad), failure=failure)
                 bad.append(f"{self.index.name(candidate)}: {str(error) or type(error).__name__}")
             else:
-                image, plan = self.transform(image)
-                return Sample(image, target, plan, candidate, orientation if epoch == 0 else 0, tuple(bad))
+                orientation = sample.orientation if look else 0
+                return Item(sample._replace(orientation=orientation), candidate, tuple(bad))
         failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
-        return Sample(None, 0, bad=tuple(bad), failure=failure)
+        return Item(None, bad=tuple(bad), failure=failure)
 
 
 class BatchDataset(Dataset):
-    """Whole batches of ``images``: ``batches[number, keys]``, in block ``number`` of ``ring`` where there is one."""
+    """Whole batches of ``dataset``: ``batches[number, keys]``, in block ``number`` of ``ring`` where there is one."""
 
-    def __init__(self, images: ImageDataset, ring: Ring | None = None):
-        self.images = images
+    def __init__(self, dataset: ImageDataset, ring: Ring | None = None):
+        self.dataset = dataset
         self.ring = ring
 
-    def __getitem__(self, key: tuple[int, list[tuple[int, int]]]) -> Batch:
+    def __getitem__(self, key: tuple[int, list[tuple[int, int]]]) -> HostBatch:
         number, keys = key
-        samples = [self.images[image_key] for image_key in keys]
+        items = [self.dataset[image_key] for image_key in keys]
         if self.ring is None:
-            return collate(samples)
-        slot = Slot(self.ring.number, number % len(self.ring), sum(sample.image is not None for sample in samples))
-        batch = collate(samples, slot.images())
+            return collate(items)
+        slot = Slot(self.ring.number, number % len(self.ring), sum(item.sample is not None for item in items))
+        batch = collate(items, slot.images())
         # No tensor goes through the queue: each would need shared memory and an open file of its own
-        return batch._replace(images=slot, targets=batch.targets.numpy())
+        return replace(batch, images=slot, targets=batch.targets.numpy())
 
 
-def collate(samples: list[Sample], out: Tensor | None = None) -> Batch:
-    """Samples as a batch, in ``out`` when that is given; those without an image are left out."""
-    present = [sample for sample in samples if sample.image is not None]
+def collate(items: list[Item], out: Tensor | None = None) -> HostBatch:
+    """Items as a batch, its images in ``out`` when that is given; those without a sample are left out."""
+    samples = [item.sample for item in items if item.sample is not None]
     if out is None:
-        shape = present[0].image.shape if present else (3, 0, 0)
-        out = torch.empty(len(present), *shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for place, sample in zip(out, present, strict=True):
+        shape = samples[0].image.shape if samples else (3, 0, 0)
+        out = torch.empty(len(samples), *shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for place, sample in zip(out, samples, strict=True):
         place.copy_(sample.image)
-    report = Report(
-        [sample.plan for sample in present],
-        [sample.number for sample in present],
-        [sample.orientation for sample in present],
-        [line for sample in samples for line in sample.bad],
-        next((sample.failure for sample in samples if sample.failure), ""),
+    targets = [sample.target for sample in samples]
+    return HostBatch(
+        images=out,
+        targets=torch.stack(targets) if targets and isinstance(targets[0], Tensor) else torch.tensor(targets).long(),
+        plans=[sample.plan for sample in samples],
+        numbers=[item.number for item in items if item.sample is not None],
+        orientations=[sample.orientation for sample in samples],
+        bad=[line for item in items for line in item.bad],
+        failure=next((item.failure for item in items if item.failure), ""),
     )
-    return Batch(out, torch.tensor([sample.target for sample in present], dtype=torch.int64), report)

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -100,9 +101,9 @@ def describe_kinds(left_out: dict[str, int]) -> str:
     return ", ".join(parts)
 
 
-def describe_left_out(of_splits: dict[str, dict[str, int]]) -> str:
-    """One line about the files of each split that are not used, or nothing where there are none."""
-    told = {split: left_out for split, left_out in of_splits.items() if left_out}
+def describe_left_out(indexes: Mapping) -> str:
+    """One line about the files that the index of each split leaves out; empty where there are none."""
+    told = {split: index.left_out for split, index in indexes.items() if index is not None and index.left_out}
     total = sum(sum(left_out.values()) for left_out in told.values())
     if not total:
         return ""

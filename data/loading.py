@@ -7,13 +7,15 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from data.dataset import Batch, BatchDataset, ImageDataset
+from data.dataset import BatchDataset, HostBatch, ImageDataset
 from data.on_device import DeviceStage
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, Key, TrainBatches
@@ -24,6 +26,17 @@ PREFETCH_FACTOR = 2
 """Batches that each loader process works ahead."""
 BATCHES_IN_USE = 2
 """One that is used, and one that is copied to the device meanwhile."""
+
+
+class Batch(NamedTuple):
+    """Images ``(B, 3, H, W)`` float and targets ``(B, ...)`` on the device.
+
+    ``numbers`` ``(B,)`` int64 on the host are the places of the images in the index.
+    """
+
+    images: Tensor
+    targets: Tensor
+    numbers: Tensor
 
 
 class _Numbered(Sampler[tuple[int, list[Key]]]):
@@ -39,7 +52,7 @@ class _Numbered(Sampler[tuple[int, list[Key]]]):
         return len(self.batches)
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: HostBatch) -> HostBatch:
     return batch
 
 
@@ -87,9 +100,15 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 class _Loader:
-    """Yields normalised images ``(B, 3, H, W)`` and classes ``(B,)`` on the device.
+    """Yields batches on the device.
 
-    The workers make uint8 images; ``device_stage`` does the rest.
+    Args:
+        dataset: what the workers make samples of.
+        batches: which images make up which batch.
+        num_workers: loader processes; 0 does all in this one.
+        size: height and width of every image.
+        stage: makes float images on its ``device`` of uint8 images and their plans.
+        on_bad_image: is given a line for each image that cannot be decoded.
     """
 
     def __init__(
@@ -97,12 +116,14 @@ class _Loader:
         dataset: ImageDataset,
         batches: TrainBatches | EvalBatches,
         num_workers: int,
-        device_stage: DeviceStage,
+        size: tuple[int, int],
+        stage: DeviceStage,
         on_bad_image: Callable[[str], None] = stop_on_bad_image,
     ):
         self.dataset = dataset
         self.batches = batches
-        self.device_stage = device_stage
+        self.size = size
+        self.stage = stage
         self.on_bad_image = on_bad_image
         self.skipped = 0
         self.looked_at = self.turned = 0  # images of the first epoch, and those of them that EXIF says are turned
@@ -110,19 +131,18 @@ class _Loader:
 
     @property
     def device(self) -> torch.device:
-        return self.device_stage.device
+        return self.stage.device
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[Batch]:
         return _one_ahead(self._sound_batches(), self._to_device, self.device)
 
-    def host_batches(self) -> Iterator[Batch]:
+    def host_batches(self) -> Iterator[HostBatch]:
         """What the workers make of the files. The images of a batch are valid until the next but one is asked for."""
         forks = self.num_workers > 0 and sys.platform == "linux"
         ring = None
         if forks:
-            height, width = self.dataset.transform.size
             blocks = PREFETCH_FACTOR * self.num_workers + BATCHES_IN_USE
-            ring = Ring(blocks, (self.batches.batch_size, height, width, 3))
+            ring = Ring(blocks, (self.batches.batch_size, *self.size, 3))
         loader = DataLoader(
             BatchDataset(self.dataset, ring),
             batch_size=None,  # the sampler's items are whole batches
@@ -139,23 +159,24 @@ class _Loader:
         _workers.update(getattr(batches, "_workers", ()))
         for batch in batches:
             images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
-            yield batch._replace(images=images, targets=torch.as_tensor(batch.targets))
+            yield replace(batch, images=images, targets=torch.as_tensor(batch.targets))
 
-    def _sound_batches(self) -> Iterator[Batch]:
+    def _sound_batches(self) -> Iterator[HostBatch]:
         for batch in self.host_batches():
-            for line in batch.report.bad:
+            for line in batch.bad:
                 self.on_bad_image(line)
                 self.skipped += 1
-            self.looked_at += sum(orientation > 0 for orientation in batch.report.orientations)
-            self.turned += sum(orientation > 1 for orientation in batch.report.orientations)
-            if batch.report.failure:
-                raise UserError(batch.report.failure)
-            if len(batch.targets):
+            self.looked_at += sum(orientation > 0 for orientation in batch.orientations)
+            self.turned += sum(orientation > 1 for orientation in batch.orientations)
+            if batch.failure:
+                raise UserError(batch.failure)
+            if batch.numbers:
                 yield batch
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _to_device(self, batch: HostBatch) -> Batch:
         targets = batch.targets.pin_memory() if self.device.type == "cuda" else batch.targets
-        return self.device_stage(batch.images, batch.report.plans), targets.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        return Batch(self.stage(batch.images, batch.plans), targets, torch.tensor(batch.numbers))
 
 
 @cache
@@ -165,32 +186,32 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _one_ahead(
-    batches: Iterator[Batch], to_device: Callable[[Batch], tuple[Tensor, ...]], device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
+    batches: Iterator[HostBatch], to_device: Callable[[HostBatch], Batch], device: torch.device
+) -> Iterator[Batch]:
     """Copy and prepare each batch on a stream of its own while the one before it is in use."""
     if device.type != "cuda":
         yield from map(to_device, batches)
         return
     stream = _copy_stream(device)
     ready = None
-    for batch in batches:
+    for host_batch in batches:
         with torch.cuda.stream(stream):
-            tensors = to_device(batch)
+            batch = to_device(host_batch)
         event = stream.record_event()
         if ready:
             yield _handed_over(*ready)
-        ready = tensors, event
+        ready = batch, event
     if ready:
         yield _handed_over(*ready)
 
 
-def _handed_over(tensors: tuple[Tensor, ...], event: torch.cuda.Event) -> tuple[Tensor, ...]:
-    """Let the current stream wait for the tensors, and their memory wait for the current stream."""
+def _handed_over(batch: Batch, event: torch.cuda.Event) -> Batch:
+    """Let the current stream wait for the batch, and the memory of the batch wait for the current stream."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
-    for tensor in tensors:
-        tensor.record_stream(current)
-    return tensors
+    batch.images.record_stream(current)
+    batch.targets.record_stream(current)
+    return batch
 
 
 class TrainLoader(_Loader):
@@ -206,16 +227,13 @@ class TrainLoader(_Loader):
     def global_batch(self) -> int:
         return self.batches.global_batch
 
-    def micro_batches(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
         self.batches.first_step, self.batches.last_step = first_step, last_step
         return iter(self)
 
 
 class EvalLoader(_Loader):
-    """Every image once over all ranks; a batch has the images' numbers in the index ``(B,)`` besides."""
+    """Every image once over all ranks."""
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        numbers = torch.tensor(batch.report.numbers)
-        numbers = numbers.pin_memory() if self.device.type == "cuda" else numbers
-        return *super()._to_device(batch), numbers.to(self.device, non_blocking=True)
+    batches: EvalBatches

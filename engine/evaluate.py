@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import five_crop
 
 from config import output_dir
-from data import Loaders, build_loaders
 from data.index import ImageIndex
 from data.loading import EvalLoader, TrainLoader, naming_dead_workers
+from engine.data import Loaders, build_loaders
 from engine.model import check_image_size, compile_in_place, is_compiled, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
@@ -91,7 +91,7 @@ def evaluate(
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="none").double()
         for listener in listeners:
-            listener.add(logits, targets, numbers)
+            listener.add(logits, targets, numbers.to(loader.device))
         count = torch.full_like(sums[0], len(targets))
         sums += torch.stack([count, best[:, 0].sum(), best.sum(), loss.sum()])
     if was_training:

@@ -14,9 +14,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from config import output_dir
-from data import Loaders, build_loaders, build_mixing, fingerprint
+from data import build_mixing, fingerprint
 from data.loading import TrainLoader, naming_dead_workers
 from engine.checkpoints import Checkpoints
+from engine.data import Loaders, build_loaders
 from engine.ema import Ema
 from engine.evaluate import build_views, check_classes, describe_turned, evaluate
 from engine.memory import naming_out_of_memory, parts_that_fit
@@ -223,7 +224,7 @@ def take_steps(
         step_loss = torch.zeros((), device=device)
         begin_step(state.model)
         for micro_step in range(accumulation):
-            images, targets = next(batches)
+            images, targets, _ = next(batches)
             seed_everything(device, config.SEED, "step", step, micro_step, rank())  # nothing random is ever stored
             if mix is not None:
                 images, targets = mix(images, targets)

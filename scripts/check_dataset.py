@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import build_config
 from data import build_mixing
 from data.build import Images, augments_on_device, build_decoding, build_train_stage, open_images
-from data.dataset import ImageDataset
+from data.dataset import DecodeAndTransform, ImageDataset
 from data.decoding import Decoding, decode, decode_with_orientation, is_deep_grey, open_picture
 from data.files import describe_left_out
 from data.index import open_index
@@ -432,7 +432,7 @@ class Augmentation:
 
 
 def build_augmentation(config, num_classes: int) -> Augmentation:
-    """The augmentation of ``data.build_loaders`` and ``data.build_mixing``.
+    """The augmentation of ``engine.data.build_loaders`` and ``data.build_mixing``.
 
     Raises:
         UserError: a setting does not fit, so that training would not start.
@@ -477,13 +477,15 @@ def draw_augmentations(config, split: Checked, classes: list[str], augmentation:
     evaluation, decoding = build_eval_transform(config), build_decoding(config)
     rows = {"as in evaluation": [evaluation(decode(split.images[i][0], decoding))[0] for i in chosen]}
     epochs = [[(epoch, i) for i in chosen] for epoch in (0, 1)]
-    dataset = ImageDataset(split.images, augmentation.transform, config.SEED, False, decoding)
-    loader = TrainLoader(dataset, epochs, 0, build_train_stage(config, augmentation.device))
+    sample = DecodeAndTransform(augmentation.transform, decoding)
+    dataset = ImageDataset(split.images, sample, config.SEED, False)
+    stage = build_train_stage(config, augmentation.device)
+    loader = TrainLoader(dataset, epochs, 0, augmentation.transform.size, stage)
     batches = list(loader)
-    for epoch, (images, _) in enumerate(batches):
-        rows[f"as in training, epoch {epoch}"] = to_uint8(images, config)
+    for epoch, batch in enumerate(batches):
+        rows[f"as in training, epoch {epoch}"] = to_uint8(batch.images, config)
     for title, mixing in augmentation.mixings.items():
-        rows[title] = to_uint8(mix_neighbours(config, augmentation.device, mixing, *batches[0]), config)
+        rows[title] = to_uint8(mix_neighbours(config, augmentation.device, mixing, *batches[0][:2]), config)
     names = [classes[label] for label in split.labels()[chosen]]
     draw_sheet(rows, names, describe_augmentation(config), path)
     return True
@@ -686,7 +688,7 @@ def check(arguments: list[str]) -> int:
     drawn = draw_augmentations(config, next(iter(splits.values())), classes, augmentation, sheet)
     print_report(console, report, file)
     say(console, f"\neverything in {file}" + (f", what training makes of the images in {sheet}" if drawn else ""))
-    left_out = describe_left_out({name: split["left_out"] for name, split in report["splits"].items()})
+    left_out = describe_left_out(images)
     verdict = "the data set is sound" if report["sound"] else "the data set is NOT sound: mend what is listed in red"
     verdict += f"; {left_out}" * bool(left_out)
     say(console, verdict, "green" if report["sound"] else "red")

@@ -123,7 +123,7 @@ def prepare(options: argparse.Namespace) -> None:
     train, val, classes = open_images(config, training=True)
     splits = [Split(name, images, folders_of(classes, options)) for name, images in (("train", train), ("val", val))]
     begin(options, {split.name: len(split.images) for split in splits})
-    if left_out := describe_left_out({split.name: split.images.left_out for split in splits}):
+    if left_out := describe_left_out({split.name: split.images for split in splits}):
         print(left_out)
     write = write_zip if options.zip else write_shards
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),

@@ -15,13 +15,15 @@ from timm.data.auto_augment import RandAugment, rand_augment_ops
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from config import build_config
-from data import build_loaders, build_mixing
-from data.dataset import ImageDataset, collate
+from data import Sample, build_eval_loader, build_mixing, build_train_loader
+from data.dataset import DecodeAndTransform, ImageDataset, collate
 from data.decoding import decode, decode_fast, decode_with_pillow, pil_to_tensor
 from data.folder import FileIndex, FolderLayout
 from data.index import open_index
+from data.on_device import DeviceStage
 from data.sampling import EvalBatches, TrainBatches, epoch_order
 from data.transforms import build_eval_transform, build_train_transform
+from engine.data import build_loaders
 from utils.errors import UserError
 from utils.randomness import derive_seed, seed_cpu
 
@@ -82,7 +84,8 @@ def test_odd_images_are_decoded(tmp_path):
         image = decode(path.read_bytes())
         assert (image.shape, image.dtype) == ((3, 40, 50), torch.uint8), name
         assert torch.equal(image, pil_to_tensor(decode_with_pillow(path.read_bytes()))), name
-    dataset = ImageDataset(index_of(tmp_path / "train"), train_transform(), seed=0, replace_bad=False)
+    sample = DecodeAndTransform(train_transform())
+    dataset = ImageDataset(index_of(tmp_path / "train"), sample, seed=0, replace_bad=False)
     assert collate([dataset[0, i] for i in range(len(dataset))]).images.shape == (6, 3, 224, 224)
 
 
@@ -125,19 +128,19 @@ def test_rand_augment_survives_every_magnitude():
 
 def published_recipe(tmp_path: Path, **opts) -> ImageDataset:
     write_digits(tmp_path / "train", 20)
-    transform = train_transform("DATA.IMG_SIZE", "64")
-    return ImageDataset(index_of(tmp_path / "train"), transform, seed=3, **{"replace_bad": False, **opts})
+    sample = DecodeAndTransform(train_transform("DATA.IMG_SIZE", "64"))
+    return ImageDataset(index_of(tmp_path / "train"), sample, seed=3, **{"replace_bad": False, **opts})
 
 
 def test_pixels_depend_on_seed_epoch_and_index_alone(tmp_path):
     dataset = published_recipe(tmp_path)
-    once = {key: dataset[key].image for key in [(0, 0), (0, 1), (1, 0)]}
+    once = {key: dataset[key].sample.image for key in [(0, 0), (0, 1), (1, 0)]}
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     for key in reversed(once):
-        assert torch.equal(dataset[key].image, once[key])
+        assert torch.equal(dataset[key].sample.image, once[key])
     assert not torch.equal(once[0, 0], once[1, 0])
     dataset.seed = 4
-    assert not torch.equal(dataset[0, 0].image, once[0, 0])
+    assert not torch.equal(dataset[0, 0].sample.image, once[0, 0])
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -159,12 +162,40 @@ def test_no_shared_memory_or_open_file_for_a_batch(digits):
     from data.dataset import BatchDataset
     from data.ring import Ring
 
-    dataset = ImageDataset(index_of(digits / "train"), train_transform("DATA.IMG_SIZE", "32"), 0, False)
+    sample = DecodeAndTransform(train_transform("DATA.IMG_SIZE", "32"))
+    dataset = ImageDataset(index_of(digits / "train"), sample, 0, False)
     batches = BatchDataset(dataset, Ring(2, (8, 32, 32, 3)))
     batch = batches[1, [(0, i) for i in range(8)]]
     assert type(batch.targets) is np.ndarray
     assert len(pickle.dumps(batch)) < 4000
     assert torch.equal(batch.images.images(), collate([dataset[0, i] for i in range(8)]).images)
+
+
+class WithMeanColour:
+    """A task whose target is a tensor: the mean colour of an image."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, raw, look) -> Sample:
+        image, plan = self.transform(decode(raw[0]))
+        return Sample(image, image.float().mean((1, 2)), plan)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_targets_may_be_tensors(digits, workers):
+    """A task says what a target is; the loaders know no classes."""
+    config = build_config(opts=["DATA.BATCH_SIZE", "8", "DATA.NUM_WORKERS", workers])
+    index, sample = index_of(digits / "val"), WithMeanColour(build_eval_transform(config))
+    stage = DeviceStage(CPU, (0.0, 0.0, 0.0), (1 / 255,) * 3)  # levels of 0 to 255 stay what they are
+    train = build_train_loader(config, index, sample, (224, 224), stage)
+    val = build_eval_loader(config, index, sample, (224, 224), stage)
+    seen = []
+    for batch in (*train.micro_batches(0, 4), *val):
+        assert torch.allclose(batch.images.mean((2, 3)), batch.targets, atol=1e-3)
+        assert batch.numbers.dtype == torch.int64
+        seen += batch.numbers.tolist()
+    assert seen == [*epoch_order(0, 0, 37)[:32], *range(37)]
 
 
 def test_one_permutation_an_epoch():
@@ -278,7 +309,7 @@ def test_a_bad_image_stops_the_run_by_default_or_is_replaced(tmp_path):
         skipping, lines = loaders("skip", workers), []
         skipping.train.on_bad_image = skipping.val.on_bad_image = lines.append
         batches = list(skipping.train.micro_batches(0, 2))
-        assert [len(images) for images, _ in batches] == [10, 10]
+        assert [len(images) for images, *_ in batches] == [10, 10]
         assert skipping.train.skipped == 1
         assert sum(len(images) for images, *_ in skipping.val) == 20
         assert [line.split(":")[0] for line in lines] == [str(bad), str(tmp_path / "val" / "3" / "empty.png")]

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,8 +108,9 @@ def test_the_line_stays_short():
     assert describe_kinds(many).endswith(f", {sum(range(21, 95)):,} others")
     kept = fewer_kinds(Counter(many))
     assert (len(kept), sum(kept.values())) == (51, sum(many.values()))
-    assert describe_left_out({"train": {}, "val": {}}) == ""
-    line = describe_left_out({"train": {".txt": 2}, "val": {".heic": 1}})
+    assert describe_left_out({"train": None, "val": SimpleNamespace(left_out={})}) == ""
+    train, val = SimpleNamespace(left_out={".txt": 2}), SimpleNamespace(left_out={".heic": 1})
+    line = describe_left_out({"train": train, "val": val})
     assert line == "3 files are left out, being no images of a class (train: 2 .txt; val: 1 .heic)"
 
 

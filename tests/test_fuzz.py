@@ -14,7 +14,7 @@ from PIL import Image
 
 from config import build_config
 from data.build import open_images
-from data.dataset import ImageDataset, Sample
+from data.dataset import DecodeAndTransform, ImageDataset, Item
 from data.folder import FolderLayout
 from data.index import open_index
 from data.policy import Plan
@@ -87,14 +87,14 @@ def as_it_is(image):
     return image, Plan()
 
 
-def check(sample: Sample, name: str) -> bool:
+def check(item: Item, name: str) -> bool:
     """Whether it was decoded; if not, its path must be reported."""
-    if sample.image is not None:
-        assert sample.image.shape[0] == 3
-        assert min(sample.image.shape) > 0
+    if item.sample is not None:
+        assert item.sample.image.shape[0] == 3
+        assert min(item.sample.image.shape) > 0
         return True
-    assert name in "".join(sample.bad) + sample.failure
-    assert "\n" not in "".join(sample.bad) + sample.failure
+    assert name in "".join(item.bad) + item.failure
+    assert "\n" not in "".join(item.bad) + item.failure
     return False
 
 
@@ -106,7 +106,7 @@ def test_damaged_images(tmp_path):
     for name, content in whole.items():
         (tmp_path / "train" / "a" / name).write_bytes(content)
     index = open_index(FolderLayout(tmp_path, "train"), "")
-    dataset = ImageDataset(index, as_it_is, seed=0, replace_bad=False)
+    dataset = ImageDataset(index, DecodeAndTransform(as_it_is), seed=0, replace_bad=False)
     decoded = 0
     for case in range(IMAGE_CASES):
         i = rng.randrange(len(index))
@@ -155,7 +155,7 @@ def test_damaged_archives(tmp_path, kind):
             refused += problem is not None
             assert problem is None or ("\n" not in problem and str(tmp_path / "data") in problem), problem
             for index in indices:
-                dataset = ImageDataset(index, as_it_is, seed=0, replace_bad=False)
+                dataset = ImageDataset(index, DecodeAndTransform(as_it_is), seed=0, replace_bad=False)
                 for i in range(len(dataset)):
                     sound = check(dataset[0, i], index.archives[index.arrays["archive"][i]])
                     read, bad = read + sound, bad + (not sound)

@@ -12,10 +12,10 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS
 from torch._dynamo.utils import counters
 
 from config import build_config
-from data import build_loaders
 from data.build import build_train_stage
 from data.policy import Plan
 from data.transforms import build_train_transform
+from engine.data import build_loaders
 from engine.model import begin_step
 from engine.train import train
 from utils.randomness import seed_cpu
@@ -140,12 +140,12 @@ def test_batches_that_are_copied_ahead_are_the_right_ones(digits, where):
     loaders = build_loaders(config, gpu)
     assert loaders.augments_on_device == (where == "cuda")
     loader = loaders.train
-    expected = [loader.dataset[key] for batch in first_batches(loader, 12) for key in batch]
+    expected = [loader.dataset[key].sample for batch in first_batches(loader, 12) for key in batch]
     stage = build_train_stage(config, torch.device("cpu"))
     got = []
-    for batch, targets in loader.micro_batches(0, 12):
+    for batch in loader.micro_batches(0, 12):
         torch.cuda._sleep(10**6)  # the next batch is prepared while this one is in use
-        got += zip(batch.cpu(), targets.tolist(), strict=True)
+        got += zip(batch.images.cpu(), batch.targets.tolist(), strict=True)
     assert len(got) == len(expected) == 96
     for (image, target), sample in zip(got, expected, strict=True):
         assert target == sample.target

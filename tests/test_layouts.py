@@ -20,13 +20,14 @@ from PIL import Image
 
 import data.index
 from config import build_config
-from data import build_loaders, fingerprint
+from data import fingerprint
 from data.archive import class_and_name
 from data.build import open_images
-from data.dataset import ImageDataset
+from data.dataset import DecodeAndTransform, ImageDataset
 from data.imagenet import read_devkit
 from data.transforms import build_train_transform
 from data.warming import read_ahead
+from engine.data import build_loaders
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -512,7 +513,7 @@ def test_bad_images_in_archives(source, tmp_path, name):
         lines = []
         loaders = build_loaders(config_of(tmp_path / "data", *opts, "DATA.ON_BAD_IMAGE", "skip"), CPU)
         loaders.train.on_bad_image = lines.append
-        assert [len(images) for images, _ in loaders.train.micro_batches(0, 3)] == [20] * 3
+        assert [len(images) for images, *_ in loaders.train.micro_batches(0, 3)] == [20] * 3
         assert len(lines) == 1
         assert bad.name in lines[0]
 
@@ -540,6 +541,7 @@ def test_a_worker_of_another_start_method_maps_the_index_itself(layouts):
 
     for name in ("folder", "shards", "zip"):
         train = open_images(config_of(layouts[name]), True)[0]
-        sent = pickle.dumps(ImageDataset(train, build_train_transform(config_of(layouts[name]), False), 0, False))
+        sample = DecodeAndTransform(build_train_transform(config_of(layouts[name]), False))
+        sent = pickle.dumps(ImageDataset(train, sample, 0, False))
         assert len(sent) < 20_000
         assert pickle.loads(sent).index[5] == train[5]

@@ -12,12 +12,13 @@ import torch
 from PIL import Image, ImageOps
 
 from config import build_config
-from data import build_loaders, decoding
+from data import decoding
 from data.build import open_images
-from data.dataset import ImageDataset
+from data.dataset import DecodeAndTransform, ImageDataset
 from data.decoding import Decoding, decode, decode_with_orientation, pil_to_tensor, read_file, to_rgb
 from data.folder import FolderLayout
 from data.index import open_index
+from engine.data import build_loaders
 from engine.evaluate import describe_turned
 from scripts import check_dataset, prepare_imagenet
 from utils.errors import UserError
@@ -103,8 +104,8 @@ def test_what_has_no_white_is_an_error_until_it_is_said(kind, tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "0.tif").write_bytes(data)
     index = open_index(FolderLayout(tmp_path, "train"), "")
-    sample = ImageDataset(index, None, 0, replace_bad=False)[0, 0]  # goes the way of any bad image
-    assert "0.tif: its pixels are" in sample.bad[0]
+    item = ImageDataset(index, DecodeAndTransform(None), 0, replace_bad=False)[0, 0]  # goes the way of any bad image
+    assert "0.tif: its pixels are" in item.bad[0]
 
 
 def test_white_is_for_deep_grey_images_alone():
@@ -191,8 +192,8 @@ def test_the_first_epoch_tells_how_many_are_turned(turned_data, upright, said):
     index = loaders.val.dataset.index
     images = {int(n): image for batch, _, numbers in loaders.val for n, image in zip(numbers, batch, strict=True)}
     for i, image in images.items():
-        pixels, _ = loaders.val.dataset.transform(decode(index.read(i), Decoding(upright=upright == "True")))
-        assert torch.equal(loaders.val.device_stage.normalise(pixels[None])[0], image)
+        pixels, _ = loaders.val.dataset.sample.transform(decode(index.read(i), Decoding(upright=upright == "True")))
+        assert torch.equal(loaders.val.stage.normalise(pixels[None])[0], image)
 
 
 def test_the_command_says_it_too(run_main, turned_data):
@@ -280,8 +281,8 @@ def test_a_file_is_read_to_a_limit(tmp_path, monkeypatch):
     assert read_file(path) == b"x" * 1000
     index = open_index(FolderLayout(tmp_path, "train"), "")
     os.truncate(path, 50 * 2**30)  # a hole: it takes no place
-    sample = ImageDataset(index, None, 0, replace_bad=False)[0, 0]
-    assert "0.png: it has more than 1,073,741,824 bytes, too many for an image" in sample.bad[0]
+    item = ImageDataset(index, DecodeAndTransform(None), 0, replace_bad=False)[0, 0]
+    assert "0.png: it has more than 1,073,741,824 bytes, too many for an image" in item.bad[0]
     monkeypatch.setattr(decoding, "MAX_IMAGE_BYTES", 2**20)
     with pytest.raises(ValueError, match="more than 1,048,576 bytes"):
         read_file("/dev/zero")  # says that it has none, and never ends

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from config import build_config
 from data.build import augments_on_device, build_decoding, build_train_stage, open_images
-from data.dataset import ImageDataset
+from data.dataset import DecodeAndTransform, ImageDataset
 from data.decoding import decode
 from data.loading import TrainLoader
 from data.policy import Plan
@@ -97,11 +97,12 @@ def of_this_loader(config, on_device: bool, device: torch.device, whole: bool = 
     images = open_images(config, training=True)[0]
     batches = TrainBatches(len(images), min(config.DATA.BATCH_SIZE, len(images)), 1, 0, 1, config.SEED)
     on_device = on_device and augments_on_device(config, torch.device("cuda", 0))
-    dataset = ImageDataset(images, build_train_transform(config, on_device), config.SEED, True, build_decoding(config))
-    loader = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, build_train_stage(config, device), print)
+    transform, stage = build_train_transform(config, on_device), build_train_stage(config, device)
+    dataset = ImageDataset(images, DecodeAndTransform(transform, build_decoding(config)), config.SEED, True)
+    loader = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, transform.size, stage, print)
     batches.last_step = ENDLESS
     if whole or device.type == "cuda":
-        return (len(targets) for _, targets in loader)
+        return (len(batch.images) for batch in loader)
     return (len(batch.targets) for batch in loader.host_batches())
 
 
