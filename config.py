@@ -25,6 +25,8 @@ class Config(CfgNode):
 
 _C = Config()
 
+# What is learned: classification
+_C.TASK = "classification"
 # YAML files to read first (paths relative to this file)
 _C.BASE = []
 
@@ -218,6 +220,7 @@ CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "nearest"),
     "DATA.ON_BAD_IMAGE": ("error", "skip"),
     "MODEL.WEIGHTS": ("auto", "model", "ema"),
+    "TASK": ("classification",),
     "TEST.VIEWS": ("none", "flip", "five_crop"),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune-no-cudagraphs"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),

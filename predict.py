@@ -30,10 +30,10 @@ from data.files import find_images as images_below
 from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
-from engine.evaluate import build_views, mean_of_probabilities
 from engine.model import check_image_size
 from engine.precision import choose_precision
-from engine.trained import TrainedModel, load_trained
+from tasks.classification import build_views, mean_of_probabilities
+from tasks.trained import TrainedModel, load_trained
 from utils.errors import Parser, UserError, say_error
 from utils.files import temporary_name, write_whole
 from utils.names import drawable, font_file, harmless, printable

@@ -19,6 +19,7 @@ from data.dataset import BatchDataset, HostBatch, ImageDataset
 from data.on_device import DeviceStage
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, Key, TrainBatches
+from utils.distributed import count_over_ranks
 from utils.errors import UserError
 from utils.processes import STOP_SIGNALS, end_with_parent
 
@@ -237,3 +238,16 @@ class EvalLoader(_Loader):
     """Every image once over all ranks."""
 
     batches: EvalBatches
+
+
+def describe_turned(loader: TrainLoader | EvalLoader, upright: bool) -> str:
+    """Say how many images of the first pass EXIF says are turned; empty for none. A collective.
+
+    Args:
+        upright: whether DATA.UPRIGHT has turned them.
+    """
+    looked_at, turned = count_over_ranks(loader.looked_at), count_over_ranks(loader.turned)
+    if not turned:
+        return ""
+    done = "they were" if upright else "they were not: DATA.UPRIGHT True does so"
+    return f"EXIF says of {turned:,} of {looked_at:,} images that they are to be turned or mirrored; {done}"

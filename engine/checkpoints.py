@@ -1,5 +1,6 @@
 """The files that hold a run: written by a thread while training goes on, and found again when it starts anew."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from utils import checkpoint
 from utils.errors import UserError
 from utils.files import NotWritten, Unwritten, reason_of
 
-NO_BEST = -1.0
-"""The best top-1 before the first evaluation."""
+NO_BEST = -math.inf
+"""The best metric before the first evaluation."""
 SECONDS_TO_NEXT_TRY = 300
 """When something could not be written, the next save comes so soon."""
 MOST_EPOCHS_IN_MEMORY = 2
@@ -37,6 +38,7 @@ class Checkpoints:
         keep_last: how many of the latest saves to keep, each of another step.
         every_minutes: when :meth:`due` says so; 0 for never.
         may_write: called before a save is written; raises if it must not be.
+        best_is: the name of the metric that the best weights go by.
 
     Attributes:
         unwritten: is told of files that could not be written.
@@ -48,6 +50,7 @@ class Checkpoints:
         keep_last: int = 2,
         every_minutes: float = 0.0,
         may_write: Callable[[], None] = lambda: None,
+        best_is: str = "top1",
     ):
         self.folder = folder
         older = ["previous.pth", *(f"previous_{number}.pth" for number in range(2, keep_last))]
@@ -55,6 +58,7 @@ class Checkpoints:
         self.best = folder / "best.pth"
         self.unwritten = Unwritten()
         self._may_write = may_write
+        self._best_is = best_is
         self._every_seconds = 60 * every_minutes
         self._saved_at = time.monotonic()
         self._host_copy, self._host_copy_of_best = HostCopy(), HostCopy()
@@ -90,7 +94,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def save_best(self, content: dict[str, Any]) -> None:
-        """Save weights to use elsewhere; ``top1`` says how good they are."""
+        """Save weights to use elsewhere, and their metrics, which say how good they are."""
         self.wait()
         self._best_weights = self._host_copy_of_best(content)
         self._start(self._write_best)
@@ -190,11 +194,11 @@ class Checkpoints:
 
     def _true_of_best(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of a save that speaks of no best weights but those on disk, and has better ones in itself."""
-        top1 = content.get("best_top1", NO_BEST)
+        best = content.get("best", NO_BEST)
         return {
             **content,
-            "best_top1": min(top1, self._best_on_disk),
-            "owed_best": self._best_weights if top1 > self._best_on_disk and self._best_weights else None,
+            "best": min(best, self._best_on_disk),
+            "owed_best": self._best_weights if best > self._best_on_disk and self._best_weights else None,
         }
 
     def _move_older_saves(self) -> None:
@@ -253,7 +257,7 @@ class Checkpoints:
                 self._keep(path, kept_as, epoch * steps_per_epoch)
 
     def _best_is_owed(self) -> bool:
-        on_disk = self.best.is_file() and self._best_weights.get("top1") == self._best_on_disk
+        on_disk = self.best.is_file() and self._best_weights.get(self._best_is) == self._best_on_disk
         return bool(self._best_weights) and not on_disk
 
     def _write_best(self) -> None:
@@ -265,33 +269,33 @@ class Checkpoints:
                 os.replace(temporary, self.best)
 
         if self._best_is_owed() and self._attempt(self.best, write):
-            self._best_on_disk = self._best_weights.get("top1")
+            self._best_on_disk = self._best_weights.get(self._best_is)
         if not self.best.is_file():
             self._best_on_disk = NO_BEST
 
-    def know_best(self, top1: float, owed: dict[str, Any] | None) -> tuple[float, list[str]]:
-        """Look after the best weights of a run that is carried on: it says that their file has ``top1``.
+    def know_best(self, best: float, owed: dict[str, Any] | None) -> tuple[float, list[str]]:
+        """Look after the best weights of a run that is carried on: it says that their file has the metric ``best``.
 
         Args:
-            top1: NO_BEST if there is no file.
+            best: NO_BEST if there is no file.
             owed: better ones, whose file could not be written.
 
         Returns:
-            the top-1 of those that are there, and a line if that is less than the run says.
+            the metric of those that are there, and a line if that is less than the run says.
         """
         there: dict[str, Any] = {}
-        if top1 > NO_BEST:
+        if best > NO_BEST:
             with suppress(UserError):
                 there = checkpoint.read(self.best, sealed=True)
-        self._best_on_disk = min(top1, there.get("top1", NO_BEST))
-        if owed:
+        self._best_on_disk = min(best, there.get(self._best_is, NO_BEST))
+        if owed and self._best_is in owed:
             self._best_weights = owed
-            return owed["top1"], []
-        if there.get("top1") == self._best_on_disk:
+            return owed[self._best_is], []
+        if there.get(self._best_is) == self._best_on_disk:
             self._best_weights = there
-        if self._best_on_disk == top1:
-            return top1, []
-        line = f"{self.best} does not hold the weights of top-1 {top1:.2f}: the best is sought anew"
+        if self._best_on_disk == best:
+            return best, []
+        line = f"{self.best} does not hold the weights of {self._best_is} {best:.2f}: the best is sought anew"
         return self._best_on_disk, [line]
 
     def newest(self) -> tuple[Path | None, list[str]]:

@@ -21,3 +21,10 @@ class Ema(ModelEmaV3):
         difference = torch._foreach_sub(values, averages)
         torch._foreach_mul_(difference, (1 - self.get_decay(step)) * finite)
         torch._foreach_add_(averages, difference)
+
+
+def build_ema(config, model: nn.Module) -> Ema | None:
+    """The moving average of the weights, its decay a function of the step; None without TRAIN.EMA_DECAY."""
+    if not config.TRAIN.EMA_DECAY:
+        return None
+    return Ema(model, decay=config.TRAIN.EMA_DECAY, use_warmup=config.TRAIN.EMA_WARMUP)

@@ -5,6 +5,11 @@ from contextlib import contextmanager
 
 import torch
 
+from engine.model import check_smallest_batch
+from engine.precision import Precision
+from engine.state import TrainState
+from engine.step import TrainStep
+from tasks import Task
 from utils.distributed import largest_over_ranks
 from utils.errors import UserError
 
@@ -21,19 +26,40 @@ def naming_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def parts_that_fit(train_on: Callable[[int], None], batch_size: int) -> int:
-    """Into how many parts a batch must be cut: 1, 2, 4, ...; the same for all ranks. A collective.
+def parts_that_fit(config, task: Task, state: TrainState, precision: Precision) -> int:
+    """Into how many parts a micro-batch must be cut to fit, tried out on a synthetic one; nothing of ``state`` changes.
+
+    The same for all ranks. A collective.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]  # BatchNorm must not take note of it
+
+    def try_parts(parts: int) -> None:
+        check_smallest_batch(config, state.model, -(-config.DATA.BATCH_SIZE // parts))
+        step = TrainStep(task, state.model, state.optimizer, state.scaler, precision, seed=config.SEED, parts=parts)
+        try:
+            step.accumulate(0, iter([task.synthetic_batch(config.DATA.BATCH_SIZE)]))
+        finally:
+            state.optimizer.zero_grad()
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    return fewest_parts(try_parts, config.DATA.BATCH_SIZE)
+
+
+def fewest_parts(try_parts: Callable[[int], None], most: int) -> int:
+    """The first of 1, 2, 4, ... parts for which memory suffices, largest of all ranks. A collective.
 
     Args:
-        train_on: forward and backward pass of so many images.
+        try_parts: computes so many parts, or raises torch's error.
+        most: the error counts when so many are too few.
     """
     parts = 1
     while True:
         try:
-            train_on(-(-batch_size // parts))
+            try_parts(parts)
             break
         except torch.OutOfMemoryError:
-            if parts >= batch_size:
+            if parts >= most:
                 raise
         parts *= 2
         if torch.cuda.is_available():

@@ -2,26 +2,26 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from engine.precision import Precision
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.image_size import describe_size, height_and_width
+from utils.parallel import unwrap
 from utils.randomness import seed_everything
 
 
-def prepare_model(config, num_classes: int, device: torch.device) -> nn.Module:
-    """The configured model with its initial weights, which depend on the seed alone."""
+def prepare_model(config, build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """The model that a task builds with its initial weights, which depend on the seed alone, on the device."""
     seed_everything(device, config.SEED, "weights")
-    model = build_model(config, num_classes)
+    model = build()
     if config.TRAIN.FREEZE_TRUNK:
         freeze_trunk(model)
     return model.to(device, memory_format=torch.channels_last)
@@ -62,19 +62,8 @@ def is_compiled(model: nn.Module) -> bool:
 
 def begin_step(model: nn.Module) -> None:
     """Let the CUDA graphs of a compiled model write over what they returned in the step before."""
-    if is_compiled(model):  # else it would load the compiler for nothing
+    if is_compiled(unwrap(model)):  # else it would load the compiler for nothing
         torch.compiler.cudagraph_mark_step_begin()
-
-
-def share_gradients(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as each of several processes trains it; the model itself in a single process."""
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
 
 
 @torch.no_grad()
@@ -149,6 +138,17 @@ def _count(twin: nn.Module, batch_size: int, image_size: int | Sequence[int]) ->
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         twin.requires_grad_(False)(torch.zeros(batch_size, 3, *height_and_width(image_size), device="meta"))
     return counter.get_total_flops() / 2e9 / batch_size
+
+
+def describe_model(config, model: nn.Module, gmac: float, precision: Precision) -> str:
+    """For the first line of a run: the model, what it costs, and on what it is trained."""
+    device = precision.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{config.MODEL.NAME}  {parameters / 1e6:.1f} M parameters  {describe_gmac(gmac, config.DATA.IMG_SIZE)}  "
+        f"{precision.name}  {world_size()} x {name}"
+    )
 
 
 def describe_gmac(gmac: float, image_size: int | Sequence[int]) -> str:

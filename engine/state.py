@@ -1,14 +1,16 @@
 """What a run consists of besides its config and data."""
 
+import math
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import MUST_STAY, default_config, differing_settings, flatten, may_change, settings_in
@@ -18,12 +20,7 @@ from models import load_weights
 from utils.checkpoint import choose, weights_in
 from utils.distributed import broadcast_from_main
 from utils.errors import UserError
-
-RESUMABLE = ("model", "optimizer", "scaler", "step", "best_top1", "evaluated_step", "images", "global_batch", "config")
-"""What a checkpoint needs to carry on a run; others hold weights only."""
-
-CARRIED = ("meters", "skipped", "skipped_images", "owed", "owed_best", "global_batch")
-"""What else a run hands on: counts that no line of the log has told yet, and what could not be written."""
+from utils.fields import CARRIED, NEEDED, check_fields, upgrade
 
 
 @dataclass
@@ -33,6 +30,7 @@ class TrainState:
     There is no state of random generators, data loader or schedule: they are derived from the step.
 
     Attributes:
+        best: the metric that the task goes by, of the best weights so far.
         carried: CARRIED of the checkpoint that the run goes on from, for whom it concerns.
         changing: held while weights, step and the rest change.
         whole: whether they fit each other.
@@ -43,7 +41,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     ema: Ema | None
     step: int = 0
-    best_top1: float = -1.0
+    best: float = -math.inf
     evaluated_step: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock)
@@ -56,12 +54,31 @@ class TrainState:
         with self.changing:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
 
-    def finish_step(self) -> None:
-        """The step is done, and everything fits it."""
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Change weights, optimizer and step in this block, which nobody may save in the middle of."""
+        with self.changing:
+            self.whole = False
+            yield
+            self.whole = True
+
+    def advance(self, finite: Tensor) -> None:
+        """Take note that a step is done; the moving average follows if it was ``finite`` (0-d, 1 or 0)."""
+        if self.ema:
+            self.ema.update(self.model, self.step + 1, finite)
         self.step += 1
-        self._buffers, self.whole = {}, True
+        self._buffers = {}
         if torch.cuda.is_initialized():
             self._finished = torch.cuda.current_stream().record_event()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Let the next step use this rate, lower layers a share of it (``TRAIN.LAYER_DECAY``)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+    def candidates(self) -> dict[str, nn.Module]:
+        """The networks to evaluate: the model, and its moving average where there is one."""
+        return {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}
 
     def on_another_stream(self) -> AbstractContextManager:
         """Let a GPU copy the state as it was after the last step, whatever the stream in use is waiting for."""
@@ -85,7 +102,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "step": self.step,
-            "best_top1": self.best_top1,
+            "best": self.best,
             "evaluated_step": self.evaluated_step,
         }
 
@@ -105,14 +122,13 @@ class TrainState:
         for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(settings)  # weight decay and the like come from the config, not from the file
         self.scaler.load_state_dict(scale or self.scaler.state_dict())
-        self.step, self.best_top1 = content["step"], content["best_top1"]
+        self.step, self.best = content["step"], content["best"]
         self.evaluated_step = content["evaluated_step"]
         self.carried = {key: content[key] for key in CARRIED if key in content}
 
     def share_buffers(self) -> None:
         """Give every rank rank 0's buffers, such as BatchNorm's statistics, so that all evaluate the same model."""
-        models = [self.model, *([self.ema.module] if self.ema else [])]
-        for buffer in chain(*(model.buffers() for model in models)):
+        for buffer in chain(*(model.buffers() for model in self.candidates().values())):
             broadcast_from_main(buffer)
 
 
@@ -125,13 +141,14 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int, sa
     Returns:
         a line for each setting that may change the result and differs from the run so far.
     """
-    missing = [key for key in RESUMABLE if key not in content]
+    upgrade(content)
+    missing = [key for key in NEEDED if key not in content]
     if missing:
         raise UserError(
             f"{path} holds no {missing[0]}, so a run cannot carry on from it: "
             "to start a run from its weights use --pretrained instead of --resume"
         )
-    validation.check_fields(content, path)
+    check_fields(content, path)
     lines = []
     if content["images"] != images:
         problem = f"{path} was trained on {content['images']:,} images, DATA.DATA_PATH has {images:,}"

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from config import output_dir
 from engine.model import (
-    begin_step,
     check_smallest_batch,
     compile_in_place,
     describe_gmac,
@@ -22,9 +21,10 @@ from engine.model import (
     training_giga_macs,
 )
 from engine.precision import choose_precision
-from engine.train import build_criterion, update_weights
+from engine.step import TrainStep
 from models import left_out
 from optimizer import build_optimizer
+from tasks import build_task
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.image_size import height_and_width
@@ -44,31 +44,32 @@ def run_throughput(config, device: torch.device) -> dict:
     if config.MODEL.RESUME or config.MODEL.PRETRAINED:
         raise UserError("--throughput times random weights: leave out --resume and --pretrained")
     precision = choose_precision(config, device)
-    classes = config.MODEL.NUM_CLASSES or 1000
-    model = prepare_model(config, classes, device)
+    task = build_task(config, device)
+    model = prepare_model(config, task.model, device)
     gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
     check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
     training_gmac = training_giga_macs(model, config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE)
-    optimizer, scaler = build_optimizer(config, model), precision.scaler()
-    parameters = list(model.parameters())
-    criterion = build_criterion(config, soft_targets=False)
+    step = TrainStep(
+        task,
+        model,
+        build_optimizer(config, model),
+        precision.scaler(),
+        precision,
+        seed=config.SEED,
+        max_norm=config.TRAIN.CLIP_GRAD or float("inf"),
+    )
     compile_in_place(config, model)
 
     batch_size, size = config.DATA.BATCH_SIZE, height_and_width(config.DATA.IMG_SIZE)
-    images = torch.randn(batch_size, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-    targets = torch.randint(classes, (batch_size,), device=device)
+    batch = task.synthetic_batch(batch_size)
 
     @torch.inference_mode()
     def forward() -> None:
         with precision.autocast():
-            model(images)
+            model(batch.images)
 
     def training_step() -> None:
-        begin_step(model)
-        with precision.autocast():
-            loss = criterion(model(images), targets)
-        scaler.scale(loss).backward()
-        update_weights(optimizer, scaler, parameters, config.TRAIN.CLIP_GRAD or float("inf"))
+        step(0, iter([batch]))
 
     log = RunLog(output_dir(config), config, "throughput")
     runs = WARM_UP_RUNS + 1 + REPEATS

@@ -432,7 +432,7 @@ class Augmentation:
 
 
 def build_augmentation(config, num_classes: int) -> Augmentation:
-    """The augmentation of ``engine.data.build_loaders`` and ``data.build_mixing``.
+    """The augmentation of training.
 
     Raises:
         UserError: a setting does not fit, so that training would not start.

@@ -29,10 +29,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import PATHS, default_config, flatten, get, settings_in
-from engine.trained import SAID_BESIDES, TrainedModel, load_trained
 from models import build_model
 from models.build import ARCHITECTURE
 from models.crossformer.embedding import MIN_IMAGE_SIZE
+from tasks.trained import SAID_BESIDES, TrainedModel, load_trained
 from utils import checkpoint
 from utils.errors import Parser, UserError, say_error
 from utils.image_size import height_and_width

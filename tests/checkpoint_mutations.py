@@ -29,9 +29,9 @@ from config import build_config  # noqa: E402
 from engine.ema import Ema  # noqa: E402
 from engine.precision import choose_precision  # noqa: E402
 from engine.state import TrainState, check_resumable  # noqa: E402
-from engine.trained import load_trained  # noqa: E402
 from models import build_model  # noqa: E402
 from optimizer import build_optimizer  # noqa: E402
+from tasks.trained import load_trained  # noqa: E402
 from utils import checkpoint  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
@@ -65,8 +65,7 @@ def take_step(state: TrainState) -> None:
     loss.backward()
     state.optimizer.step()
     state.optimizer.zero_grad()
-    state.step += 1
-    state.ema.update(state.model, state.step, torch.ones(()))
+    state.advance(torch.ones(()))
 
 
 def nested(depth: int) -> list:

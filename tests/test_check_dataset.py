@@ -16,7 +16,7 @@ from make_layouts import LAYOUTS
 from PIL import Image
 
 from config import build_config
-from engine.data import build_loaders
+from tasks.classification import Classification
 
 COMMAND = (sys.executable, "scripts/check_dataset.py", "--workers", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -226,7 +226,7 @@ def test_the_contact_sheet_is_the_recipe(check, digits):
         return np.stack([np.array(sheet)[top : top + 128, 4 + 132 * x : 132 + 132 * x] for x in range(8)])
 
     config = build_config(opts=["DATA.DATA_PATH", str(digits), *opts])
-    images, *_ = next(build_loaders(config, torch.device("cpu")).train.micro_batches(0, 1))
+    images, *_ = next(Classification(config, torch.device("cpu")).train_loaders().train.micro_batches(0, 1))
     mean, std = torch.tensor(config.DATA.MEAN), torch.tensor(config.DATA.STD)
     trained_on = (255 * (images.permute(0, 2, 3, 1) * std + mean)).clamp(0, 255).numpy()
     assert np.abs(cells(1) - trained_on).max() < 1

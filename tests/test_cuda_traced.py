@@ -15,17 +15,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 from config import build_config
 from data import build_mixing
 from data.build import build_train_stage
+from data.loading import Batch
 from data.on_device import OPERATIONS
 from data.policy import Operation, Patch, Plan
 from engine.ema import Ema
-from engine.evaluate import build_views, evaluate
+from engine.evaluate import evaluate
 from engine.precision import Precision
-from engine.real_labels import RealLabels
-from engine.report import Report
 from engine.skipping import SkippedSteps
-from engine.train import build_criterion, update_weights
+from engine.step import TrainStep
 from models.crossformer import VARIANTS
 from optimizer import build_optimizer
+from tasks.classification import Accuracy, Classification, build_views
+from tasks.real_labels import RealLabels
+from tasks.report import Report
 from utils.meters import DeviceMeters
 
 GPU = torch.device("cuda", 0)
@@ -61,10 +63,10 @@ def forward(model: torch.nn.Module, dtype: torch.dtype | None, how: str, trainin
     # Higher than its own size, so that groups are padded and masked
     images = torch.empty(2, 3, side + 32, side, device=GPU).contiguous(memory_format=torch.channels_last)
     with torch.set_grad_enabled(training), Precision(GPU, dtype, tf32=False).autocast():
-        logits = model.train(training)(images)
-        loss = build_criterion(build_config(), soft_targets=False)(logits, torch.zeros(2, dtype=torch.long, device=GPU))
-    assert logits.device == loss.device == GPU
-    assert logits.dtype == (dtype or torch.float32)
+        batch = Batch(images, torch.zeros(2, dtype=torch.long, device=GPU), torch.arange(2))
+        loss, _ = Classification(build_config(), GPU).loss(model.train(training), batch)
+        assert model(images).dtype == (dtype or torch.float32)
+    assert loss.device == GPU
     assert loss.dtype == torch.float32
 
 
@@ -105,7 +107,8 @@ def test_mixing(mode, kind):
     other = {"MIXUP": "CUTMIX", "CUTMIX": "MIXUP"}[kind]
     mix = build_mixing(build_config(opts=f"AUG.MIXUP_MODE {mode} AUG.{kind} 1 AUG.{other} 0".split()), 10)
     images, targets = mix(torch.empty(4, 3, 32, 32, device=GPU), torch.zeros(4, dtype=torch.long, device=GPU))
-    loss = build_criterion(build_config(), soft_targets=True)(torch.empty(4, 10, device=GPU), targets)
+    logits = torch.empty(4, 10, device=GPU)
+    loss, _ = Classification(build_config(), GPU).loss(lambda _: logits, Batch(images, targets, torch.arange(4)))
     assert images.device == targets.device == loss.device == GPU
 
 
@@ -122,9 +125,14 @@ class Images:
 
 
 class Batches(list):
-    """As a loader of an evaluation gives them."""
+    """As a loader of an evaluation gives them; counts them."""
 
-    device = GPU
+    given = 0
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch
+            self.given += 1
 
 
 @pytest.mark.parametrize("views", ["flip", "five_crop"])
@@ -132,22 +140,18 @@ def test_evaluation_and_who_listens_to_it(views, monkeypatch):
     """It goes through all batches, and waits for the device only when it reads its sums, which a fake one has not."""
     # How long its answer is depends on the values
     monkeypatch.setattr(torch, "bincount", lambda x, minlength: torch.empty(minlength, dtype=x.dtype, device=x.device))
-    config, seen = build_config(opts=["TEST.VIEWS", views, "DATA.IMG_SIZE", "32"]), []
-    classes = [str(i) for i in range(1000)]
-    listeners = [report_on_gpu(classes), RealLabels(Images(), classes, GPU), Counts(seen)]
-    model, numbers = network("crossformer_micro", num_classes=1000), torch.zeros(2, dtype=torch.long, device=GPU)
+    config = build_config(opts=["TEST.VIEWS", views, "DATA.IMG_SIZE", "32"])
+    classes, among = [str(i) for i in range(1000)], torch.ones(1000, dtype=torch.bool, device=GPU)
+    tables, real = report_on_gpu(classes), RealLabels(Images(), classes, GPU)
+    accuracy, seen = Accuracy(GPU, build_views(config), among, real, tables), []
+    monkeypatch.setattr(accuracy, "result", lambda: seen.append(accuracy.sums.tolist()))
+    model, targets = network("crossformer_micro", num_classes=1000), torch.zeros(2, dtype=torch.long, device=GPU)
     side = 37 if views == "five_crop" else 32
-    batches = Batches([(torch.empty(2, 3, side, side, device=GPU), numbers, numbers)] * 3)
+    images, numbers = torch.empty(2, 3, side, side, device=GPU), torch.empty(2, dtype=torch.long)
+    batches = Batches([Batch(images, targets, numbers)] * 3)
     with pytest.raises(DataDependentOutputException):
-        evaluate(
-            model,
-            batches,
-            Precision(GPU, torch.bfloat16, tf32=False),
-            build_views(config),
-            torch.ones(1000, dtype=torch.bool, device=GPU),
-            listeners,
-        )
-    assert len(seen) == 3
+        evaluate(model, batches, Precision(GPU, torch.bfloat16, tf32=False), accuracy)
+    assert batches.given == 3
 
 
 def report_on_gpu(classes: list[str]) -> Report:
@@ -158,15 +162,6 @@ def report_on_gpu(classes: list[str]) -> Report:
     report.bins = torch.empty(report.bins.shape, dtype=report.bins.dtype, device=GPU)
     report.confusion.confmat = torch.empty(report.confusion.confmat.shape, dtype=torch.long, device=GPU)
     return report
-
-
-class Counts:
-    def __init__(self, seen: list):
-        self.seen = seen
-
-    def add(self, logits, targets, numbers) -> None:
-        assert logits.device == targets.device == numbers.device == GPU
-        self.seen.append(len(logits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, None])
@@ -181,7 +176,8 @@ def test_what_follows_the_backward_pass(dtype):
     loss = scaler.scale(torch.empty((), device=GPU))
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
-    grad_norm, finite = update_weights(optimizer, scaler, list(model.parameters()), 5.0)
+    step = TrainStep(None, model, optimizer, scaler, precision, max_norm=5.0)
+    loss, _, grad_norm, finite = step.update(loss, {})
     ema.update(model, 1, finite)
     skipped, meters = SkippedSteps(GPU), DeviceMeters()
     skipped.add(finite)

@@ -23,7 +23,7 @@ from data.index import open_index
 from data.on_device import DeviceStage
 from data.sampling import EvalBatches, TrainBatches, epoch_order
 from data.transforms import build_eval_transform, build_train_transform
-from engine.data import build_loaders
+from tasks.classification import Classification
 from utils.errors import UserError
 from utils.randomness import derive_seed, seed_cpu
 
@@ -148,7 +148,9 @@ def test_batches_do_not_depend_on_the_workers(digits, workers):
     def batches(workers):
         opts = f"DATA.DATA_PATH {digits} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 8 DATA.NUM_WORKERS {workers}"
         config = build_config(opts=opts.split())
-        return list(build_loaders(config, CPU).train.micro_batches(5, 20))  # from the middle of an epoch to the next
+        return list(
+            Classification(config, CPU).train_loaders().train.micro_batches(5, 20)
+        )  # from the middle of an epoch to the next
 
     for a, b in zip(batches(0), batches(workers), strict=True):
         assert torch.equal(a[0], b[0])
@@ -301,7 +303,8 @@ def test_a_bad_image_stops_the_run_by_default_or_is_replaced(tmp_path):
 
     def loaders(on_bad_image, workers):
         opts = f"DATA.DATA_PATH {tmp_path} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 10 DATA.ON_BAD_IMAGE {on_bad_image}"
-        return build_loaders(build_config(opts=[*opts.split(), "DATA.NUM_WORKERS", workers]), CPU)
+        config = build_config(opts=[*opts.split(), "DATA.NUM_WORKERS", workers])
+        return Classification(config, CPU).train_loaders()
 
     for workers in ("0", "1"):
         with pytest.raises(UserError, match=rf"image {bad}: .*DATA.ON_BAD_IMAGE skip"):
@@ -321,7 +324,7 @@ def test_a_file_that_cannot_be_opened_is_no_bad_image(digits, tmp_path):
 
     data = shutil.copytree(digits, tmp_path / "data")
     opts = f"DATA.DATA_PATH {data} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 8 DATA.ON_BAD_IMAGE skip DATA.NUM_WORKERS 0"
-    loaders = build_loaders(build_config(opts=opts.split()), CPU)
+    loaders = Classification(build_config(opts=opts.split()), CPU).train_loaders()
     loaders.train.on_bad_image = loaders.val.on_bad_image = pytest.fail
     shutil.rmtree(data)
     for batches in (loaders.train.micro_batches(0, 1), iter(loaders.val)):
@@ -335,7 +338,7 @@ def test_nothing_but_bad_images_ends_the_run(tmp_path):
         for i in range(8):
             (tmp_path / split / "a" / f"{i}.png").write_bytes(b"bad")
     opts = f"DATA.DATA_PATH {tmp_path} DATA.BATCH_SIZE 8 DATA.ON_BAD_IMAGE skip DATA.NUM_WORKERS 0"
-    loaders = build_loaders(build_config(opts=opts.split()), CPU)
+    loaders = Classification(build_config(opts=opts.split()), CPU).train_loaders()
     loaders.train.on_bad_image = loaders.val.on_bad_image = lambda line: None
     with pytest.raises(UserError, match="the 100th in a row"):
         next(loaders.train.micro_batches(0, 1))

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from config import build_config
-from engine.trained import load_trained
 from models import build_model
 from models.crossformer import VARIANTS
 from scripts import export
+from tasks.trained import load_trained
 
 NARROW = {
     "MODEL.NAME": "crossformerpp_small", "MODEL.CROSSFORMER.EMBED_DIM": 32,

@@ -21,10 +21,10 @@ import torch
 from conftest import TINY_RUN
 from torch import Tensor, nn
 
-from engine.trained import load_trained
 from main import main
 from models import load_weights
 from models.weights import classes_in, fit, variant_of
+from tasks.trained import load_trained
 from utils import checkpoint
 from utils.errors import UserError
 

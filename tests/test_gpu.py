@@ -15,9 +15,9 @@ from config import build_config
 from data.build import build_train_stage
 from data.policy import Plan
 from data.transforms import build_train_transform
-from engine.data import build_loaders
 from engine.model import begin_step
 from engine.train import train
+from tasks.classification import Classification
 from utils.randomness import seed_cpu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -137,8 +137,8 @@ def test_augmentation_is_the_same_as_on_the_cpu():
 def test_batches_that_are_copied_ahead_are_the_right_ones(digits, where):
     opts = f"DATA.DATA_PATH {digits} DATA.IMG_SIZE 32 DATA.BATCH_SIZE 8 DATA.NUM_WORKERS 2 AUG.DEVICE {where}"
     config, gpu = build_config(opts=opts.split()), torch.device("cuda", 0)
-    loaders = build_loaders(config, gpu)
-    assert loaders.augments_on_device == (where == "cuda")
+    loaders = Classification(config, gpu).train_loaders()
+    assert ("on the GPU" in loaders.described) == (where == "cuda")
     loader = loaders.train
     expected = [loader.dataset[key].sample for batch in first_batches(loader, 12) for key in batch]
     stage = build_train_stage(config, torch.device("cpu"))

@@ -27,7 +27,7 @@ from data.dataset import DecodeAndTransform, ImageDataset
 from data.imagenet import read_devkit
 from data.transforms import build_train_transform
 from data.warming import read_ahead
-from engine.data import build_loaders
+from tasks.classification import Classification
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_the_same_images_from_every_layout(layouts, source, name):
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "folder"])
 def test_the_same_pixels_from_every_layout_and_number_of_workers(layouts, name, workers):
     def batches(name, workers):
-        loaders = build_loaders(config_of(layouts[name], "DATA.NUM_WORKERS", workers), CPU)
+        loaders = Classification(config_of(layouts[name], "DATA.NUM_WORKERS", workers), CPU).train_loaders()
         return [*loaders.train.micro_batches(4, 14), *loaders.val]  # epochs 0 to 2
 
     for a, b in zip(batches("folder", 0), batches(name, workers), strict=True):
@@ -185,7 +185,8 @@ def test_a_data_set_of_timm(layouts):
     reference = open_images(config_of(layouts["folder"]), True)
     assert (len(train), len(val), classes) == (60, 23, reference[2])
     loaders = [
-        build_loaders(config_of(layouts["folder"], *o), CPU) for o in ((), ("DATA.FORMAT", "torch/image_folder"))
+        Classification(config_of(layouts["folder"], *o), CPU).train_loaders()
+        for o in ((), ("DATA.FORMAT", "torch/image_folder"))
     ]
     a, b = (next(of.train.micro_batches(0, 1)) for of in loaders)
     assert torch.equal(a[1], b[1])
@@ -441,7 +442,7 @@ def test_an_archive_that_changes_under_a_run(layouts, tmp_path):
         root = tmp_path / name
         shutil.copytree(layouts[name], root)
         config = config_of(root, "DATA.ON_BAD_IMAGE", "skip")
-        train = build_loaders(config, CPU).train
+        train = Classification(config, CPU).train_loaders().train
         content = (root / member).read_bytes()
         for changed in (content[:3000], bytes(len(content))):
             (root / member).write_bytes(changed)
@@ -507,11 +508,11 @@ def test_bad_images_in_archives(source, tmp_path, name):
     LAYOUTS[name](tmp_path / "source", tmp_path / "data")
     for workers in (0, 2):
         opts = ("DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 20)
-        loaders = build_loaders(config_of(tmp_path / "data", *opts), CPU)
+        loaders = Classification(config_of(tmp_path / "data", *opts), CPU).train_loaders()
         with pytest.raises(UserError, match=rf"image .*(tar|zip):.*{bad.name}: .*DATA.ON_BAD_IMAGE skip"):
             list(loaders.train.micro_batches(0, 3))
         lines = []
-        loaders = build_loaders(config_of(tmp_path / "data", *opts, "DATA.ON_BAD_IMAGE", "skip"), CPU)
+        loaders = Classification(config_of(tmp_path / "data", *opts, "DATA.ON_BAD_IMAGE", "skip"), CPU).train_loaders()
         loaders.train.on_bad_image = lines.append
         assert [len(images) for images, *_ in loaders.train.micro_batches(0, 3)] == [20] * 3
         assert len(lines) == 1

@@ -22,8 +22,8 @@ from data.decoding import decode
 from data.on_device import DeviceStage
 from data.policy import Plan
 from data.transforms import build_eval_transform
-from engine.report import Report
 from main import main
+from tasks.report import Report
 
 WORDNET_IDS = ImageNetInfo("imagenet-1k").label_names()
 MICRO = ("--cfg", "configs/micro.yaml", "--tag", "run", "--batch-size", "64", "--opts", "DATA.NUM_WORKERS", "0")

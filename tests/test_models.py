@@ -16,9 +16,9 @@ from config import build_config
 from data.transforms import build_eval_transform
 from engine.model import check_image_size, check_smallest_batch, giga_macs, prepare_model
 from engine.train import train
-from engine.trained import load_trained
 from main import main
 from models import build_model, left_out
+from tasks.trained import load_trained
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 import main
 import predict
 from config import PATHS, build_config
-from engine.report import Report
 from scripts import check_dataset
+from tasks.report import Report
 from utils import surroundings
 from utils.errors import UserError
 from utils.names import drawable, font_file, harmless, printable

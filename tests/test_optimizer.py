@@ -9,7 +9,8 @@ import timm
 import torch
 
 from config import build_config
-from engine.train import set_learning_rate, update_weights
+from engine.state import TrainState
+from engine.step import TrainStep
 from models.crossformer import VARIANTS
 from optimizer import build_optimizer, parameter_groups
 from utils.errors import UserError
@@ -52,7 +53,7 @@ def test_learning_rates_decay_with_the_depth(name):
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    set_learning_rate(optimizer, 0.01)
+    TrainState(model, optimizer, None, None).set_learning_rate(0.01)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01 * g["lr_scale"] for g in groups])
 
 
@@ -88,6 +89,11 @@ def test_the_absence_of_apex_is_explained(name):
         build_optimizer(config, torch.nn.Linear(2, 2))
 
 
+def step_of(model, optimizer, scaler) -> TrainStep:
+    """Of which nothing but the update is asked."""
+    return TrainStep(None, model, optimizer, scaler, None, max_norm=5.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["fused_adam", "fused_lamb"])
@@ -97,7 +103,7 @@ def test_apex_takes_a_step(name):
     optimizer = build_optimizer(build_config(opts=["TRAIN.OPTIMIZER.NAME", name]), model)
     before = model.weight.clone()
     model(torch.ones(1, 2, device="cuda")).sum().backward()
-    update_weights(optimizer, torch.amp.GradScaler("cuda", enabled=False), list(model.parameters()), 5.0)
+    step_of(model, optimizer, torch.amp.GradScaler("cuda", enabled=False)).update(torch.zeros(()), {})
     assert not torch.equal(model.weight, before)
     assert model.weight.grad is None
 
@@ -108,6 +114,6 @@ def test_momentum_is_defined_when_the_first_step_is_skipped():
     optimizer = build_optimizer(build_config(opts=["TRAIN.OPTIMIZER.NAME", "sgd"]), model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scaler.scale(model(torch.full((1, 64), torch.inf)).sum()).backward()
-    update_weights(optimizer, scaler, list(model.parameters()), 5.0)
+    step_of(model, optimizer, scaler).update(torch.zeros(()), {})
     assert scaler.get_scale() == 2.0**15
     assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())

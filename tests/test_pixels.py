@@ -18,9 +18,9 @@ from data.dataset import DecodeAndTransform, ImageDataset
 from data.decoding import Decoding, decode, decode_with_orientation, pil_to_tensor, read_file, to_rgb
 from data.folder import FolderLayout
 from data.index import open_index
-from engine.data import build_loaders
-from engine.evaluate import describe_turned
+from data.loading import describe_turned
 from scripts import check_dataset, prepare_imagenet
+from tasks.classification import Classification
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -184,9 +184,9 @@ def settings(root: Path, *opts: str):
 @pytest.mark.parametrize(("upright", "said"), [("False", "they were not: DATA.UPRIGHT True"), ("True", "they were")])
 def test_the_first_epoch_tells_how_many_are_turned(turned_data, upright, said):
     config = settings(turned_data, "DATA.UPRIGHT", upright)
-    loaders = build_loaders(config, CPU)
+    loaders = Classification(config, CPU).train_loaders()
     list(loaders.train.micro_batches(0, 9))  # three epochs
-    line = describe_turned(loaders.train, config)
+    line = describe_turned(loaders.train, config.DATA.UPRIGHT)
     assert line.startswith("EXIF says of 4 of 12 images that they are to be turned")
     assert said in line
     index = loaders.val.dataset.index
@@ -271,7 +271,11 @@ def test_more_pixels_than_allowed(form):
 
 def test_the_limit_of_pixels_is_a_setting(turned_data):
     with pytest.raises(UserError, match=r"more pixels than DATA\.MAX_PIXELS 2,000"):
-        list(build_loaders(settings(turned_data, "DATA.MAX_PIXELS", "2000"), CPU).train.micro_batches(0, 1))
+        list(
+            Classification(settings(turned_data, "DATA.MAX_PIXELS", "2000"), CPU)
+            .train_loaders()
+            .train.micro_batches(0, 1)
+        )
 
 
 def test_a_file_is_read_to_a_limit(tmp_path, monkeypatch):

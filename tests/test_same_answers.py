@@ -14,8 +14,8 @@ from timm.data import ImageNetInfo
 import main
 import predict
 from config import build_config
-from engine.trained import as_ids, load_trained
 from scripts import export
+from tasks.trained import as_ids, load_trained
 from utils.errors import UserError
 
 CLASSES = ["1", "10", "2"]  # in the order of their folders, which is not that of a person

@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models._hub import save_for_hf
 
-from engine.trained import load_trained
+from tasks.trained import load_trained
 from utils.errors import UserError
 
 CPU = torch.device("cpu")

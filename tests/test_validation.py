@@ -16,8 +16,8 @@ from conftest import TINY_RUN, assert_same_tensors
 
 from config import settings_in
 from engine.state import check_resumable
-from engine.trained import load_trained
 from optimizer import build_optimizer
+from tasks.trained import load_trained
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[Callable[[dict], Any], str]] = {
     "a negative step": (lambda c: c.update(step=-1), "its step is -1, expected a whole number from 0"),
     "endless steps": (lambda c: c.update(step=10**15), "its step is 1000000000000000, expected a whole number from 0"),
     "evaluated in the future": (lambda c: c.update(evaluated_step=9), "evaluated_step is 9, expected at most step 3"),
-    "a best that is none": (lambda c: c.update(best_top1=NAN), "its best_top1 is nan, expected a number"),
+    "a best that is none": (lambda c: c.update(best=NAN), "its best is nan, expected a number"),
     "no images": (lambda c: c.update(images=0), "its images is 0, expected a whole number from 1"),
     "a batch of none": (lambda c: c.update(global_batch=0), "its global_batch is 0, expected a whole number from 1"),
     "a batch of all and more": (lambda c: c.update(global_batch=25), "global_batch is 25, expected at most images 24"),

@@ -98,6 +98,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def count_over_ranks(number: int) -> int:
+    """The sum of the ranks' numbers. A collective."""
+    return int(sum_over_ranks(torch.tensor(number)))
+
+
 def largest_over_ranks(number: int) -> int:
     """The largest of the ranks' numbers."""
     tensor = torch.tensor(number)

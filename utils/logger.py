@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +16,6 @@ from utils.errors import UserError
 from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
 from utils.lock import Lock
 from utils.names import printable
-
-GROWING = ("log.txt", "metrics.jsonl", "skipped_images.txt", "tensorboard")
-"""The files of a results folder that lines are added to."""
 
 
 class RunLog:
@@ -139,16 +136,17 @@ class RunLog:
         if self._bar:
             self._bar.update(self._task, completed=step)
 
-    def train(self, step: int, values: dict[str, Any]) -> None:
-        """The means since the last line."""
+    def train(self, step: int, values: dict[str, Any], terms: Sequence[str] = ()) -> None:
+        """Log the means since the last line; ``terms`` names those that the loss is made of."""
         if not is_main():
             return
         self._add_metrics({"event": "train", "step": step, **values})
         left = (time.perf_counter() - self._start) / (step - self.first_step) * (self.total_steps - step)
         skipped = f"  {values['skipped_images']:,} images skipped" if values["skipped_images"] else ""
         skipped += f"  {values['skipped_steps']:,} steps skipped" if values["skipped_steps"] else ""
+        made_of = "".join(f"  {name} {values[name]:.4f}" for name in terms)
         facts = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
+            f"loss {values['loss']:.4f}{made_of}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
             f"{values['images_per_second']:,.0f} images/s  data wait {100 * values['data_wait']:.1f} %  "
             f"{values['memory_bytes'] / 1e9:.1f} GB{skipped}"
         )
@@ -160,17 +158,14 @@ class RunLog:
         else:
             self._say(line)
 
-    def evaluation(self, values: dict[str, Any], note: str, **more: Any) -> None:
-        """The result of an evaluation; ``note`` goes to the person, ``more`` to metrics.jsonl."""
+    def evaluation(self, values: dict[str, Any], text: str, **more: Any) -> None:
+        """Log the result of an evaluation; ``text`` goes to the person, ``more`` to metrics.jsonl."""
         if not is_main():
             return
         self._add_metrics({"event": "eval", **values, **more})
         epoch = f" {values['epoch']:>{len(str(self.epochs))}}/{self.epochs}" if self.epochs else ""
         ema = "  EMA" if values["weights"] == "ema" else ""
-        self._say(
-            f"eval {epoch}{ema}  top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}  loss {values['loss']:.4f}  "
-            f"{values['images']:,} images  {note}"
-        )
+        self._say(f"eval {epoch}{ema}  {text}")
 
     def close(self) -> None:
         """Finish the bar, and what is not written yet."""
@@ -214,12 +209,10 @@ class RunLog:
 
 
 def curves_of(values: dict[str, Any]) -> dict[str, float]:
-    """The points of a line of ``metrics.jsonl``, by the name of the curve."""
-    if values["event"] == "train":
-        group, names = "train", ("loss", "lr", "grad_norm", "images_per_second", "data_wait")
-    else:
-        group, names = values["weights"], ("top1", "top5", "loss")
-    return {f"{group}/{name}": math.nan if values[name] is None else values[name] for name in names}
+    """Give the points of a line of ``metrics.jsonl`` by the name of the curve: all that is a fraction."""
+    group = "train" if values["event"] == "train" else values["weights"]
+    fractions = {name: math.nan if v is None else v for name, v in values.items() if isinstance(v, float | None)}
+    return {f"{group}/{name}": value for name, value in fractions.items()}
 
 
 def forget_after(metrics: Path, step: int, evaluated_step: int, forget: bool = True) -> tuple[float, list[dict]]:

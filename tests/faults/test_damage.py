@@ -13,7 +13,7 @@ from conftest import TINY_RUN
 
 from config import build_config
 from engine.checkpoints import Checkpoints
-from engine.memory import naming_out_of_memory, parts_that_fit
+from engine.memory import fewest_parts, naming_out_of_memory
 from utils.checkpoint import DamagedFile, is_sealed, read, save_atomically
 from utils.errors import UserError
 from utils.files import Unwritten
@@ -150,17 +150,17 @@ def test_a_save_that_fails_is_told_and_tried_again(tmp_path):
 
 
 def test_parts_of_a_batch_are_halved_until_they_fit():
-    sizes = []
+    tried = []
 
-    def train_on(count: int) -> None:
-        sizes.append(count)
-        if count > 3:
+    def try_parts(parts: int) -> None:
+        tried.append(parts)
+        if parts < 3:
             raise torch.OutOfMemoryError
 
-    assert parts_that_fit(train_on, 12) == 4
-    assert sizes == [12, 6, 3]
+    assert fewest_parts(try_parts, 12) == 4
+    assert tried == [1, 2, 4]
     with pytest.raises(torch.OutOfMemoryError):
-        parts_that_fit(lambda count: (_ for _ in ()).throw(torch.OutOfMemoryError()), 4)
+        fewest_parts(lambda parts: (_ for _ in ()).throw(torch.OutOfMemoryError()), 4)
     with pytest.raises(UserError, match="AUTO_MICRO_BATCH True cuts it into parts"), naming_out_of_memory():
         raise torch.OutOfMemoryError
 
@@ -171,9 +171,18 @@ def test_parts_give_the_result_of_the_whole(digits, tmp_path, monkeypatch):
 
     losses = []
     for parts in (1, 5):
-        monkeypatch.setattr(train, "parts_of_a_batch", lambda *_, parts=parts: parts)
+        monkeypatch.setattr(train, "parts_that_fit", lambda *_, parts=parts: parts)
         opts = [*TINY_RUN[TINY_RUN.index("--opts") + 1 :], "DATA.DATA_PATH", str(digits), "DATA.BATCH_SIZE", "12"]
-        opts += ["MODEL.DROP_PATH_RATE", "0", "AUG.MIXUP", "0.8", "OUTPUT", str(tmp_path / f"out{parts}")]
+        opts += [
+            "TRAIN.AUTO_MICRO_BATCH",
+            "True",
+            "MODEL.DROP_PATH_RATE",
+            "0",
+            "AUG.MIXUP",
+            "0.8",
+            "OUTPUT",
+            str(tmp_path / f"out{parts}"),
+        ]
         train.train(build_config("configs/micro.yaml", opts), torch.device("cpu"))
         lines = (tmp_path / f"out{parts}" / "crossformer_micro" / "default" / "metrics.jsonl").read_text().splitlines()
         losses.append([event["loss"] for event in map(json.loads, lines) if event["event"] == "train"])

@@ -170,30 +170,27 @@ def test_a_disk_that_stays_full(tmp_path, digits):
 
 NAN = """
 import sys
-import torch
-import engine.train as train
+from engine.step import StepResult, TrainStep
 from main import main
+from tasks.classification import Classification
 
 kind, steps = sys.argv[1], set(map(int, sys.argv[2].split(",")))
 calls = 0
-build, update = train.build_criterion, train.update_weights
+loss_of, update_of = Classification.loss, TrainStep.update
 
-def build_criterion(config, soft_targets):
-    criterion = build(config, soft_targets)
-    def bad(logits, targets):
-        global calls
-        calls += 1
-        loss = criterion(logits, targets)
-        return loss * float("nan") if calls in steps and kind == "nan" else loss
-    return bad
+def loss(self, model, batch):
+    global calls
+    calls += 1
+    value, terms = loss_of(self, model, batch)
+    return value * float("nan") if calls in steps and kind == "nan" else value, terms
 
-def update_weights(optimizer, scaler, parameters, max_norm):
+def update(self, value, terms):
     if kind == "left out" and calls in steps:
-        optimizer.zero_grad()
-        return torch.zeros(()), torch.zeros(())
-    return update(optimizer, scaler, parameters, max_norm)
+        self.optimizer.zero_grad()
+        return StepResult(value, terms, value * 0, value * 0)
+    return update_of(self, value, terms)
 
-train.build_criterion, train.update_weights = build_criterion, update_weights
+Classification.loss, TrainStep.update = loss, update
 sys.exit(main(sys.argv[3:]))
 """
 

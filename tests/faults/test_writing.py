@@ -1,6 +1,7 @@
 """Files that cannot be written: training goes on, nothing is lost without a word, and the same command mends it."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -38,9 +39,7 @@ def assert_same_files(found: dict, whole: dict) -> None:
     assert found.keys() == whole.keys()
     for name in whole:
         if name.endswith(".pth"):
-            but = (
-                {"config"} if name.endswith(("last.pth", "best.pth")) else {"config", "best_top1", "owed_best", "owed"}
-            )
+            but = {"config"} if name.endswith(("last.pth", "best.pth")) else {"config", "best", "owed_best", "owed"}
             a, b = ({k: v for k, v in files[name].items() if k not in but} for files in (found, whole))
             assert_same_tensors(a, b)
         elif name != "config.yaml":
@@ -76,7 +75,7 @@ def test_files_that_cannot_be_written(tmp_path, digits, whole):
         assert str(folder / name) in last_line
         assert said.count(f"error: {folder / name}") == 1, "said once, not at each step"
     saved = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
-    assert saved["best_top1"] == -1, "there is no best.pth of which it could speak"
+    assert saved["best"] == -math.inf, "there is no best.pth of which it could speak"
     assert "done: best" not in said
 
     for name in names:
@@ -135,7 +134,7 @@ def test_a_folder_that_is_removed_while_it_trains(tmp_path, digits):
     said = run.finish()
     assert "metrics.jsonl was removed; it is made again" in said
     best, last = (read(folder / "checkpoints" / f"{name}.pth", sealed=True) for name in ("best", "last"))
-    assert (best["step"], last["step"], last["best_top1"]) == (6, 18, best["top1"])
+    assert (best["step"], last["step"], last["best"]) == (6, 18, best["top1"])
     assert (folder / "config.yaml").exists()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "train"][-10:] == list(range(9, 19))

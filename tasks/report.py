@@ -37,8 +37,8 @@ class Report:
         self.confusion = MulticlassConfusionMatrix(len(classes), validate_args=False).to(device)
         self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)
 
-    def add(self, logits: Tensor, targets: Tensor, numbers: Tensor) -> None:
-        """One batch: ``(B, classes)``, ``(B,)``, and which images these are, ``(B,)``."""
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Take the answers to a batch, ``(B, classes)``, and its true classes, ``(B,)``."""
         self.confusion.update(logits, targets)
         confidence, answer = logits.softmax(dim=1).max(dim=1)
         which = (confidence * BINS).long().clamp(max=BINS - 1)

@@ -5,20 +5,22 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import build_config, default_config, flatten, settings_in
-from engine.validation import describe, facts_of
 from models import build_model, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.weights import check_size, classes_in, variant_of
+from tasks.class_names import in_words, named_classes
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
+from utils.fields import describe, dict_in, facts_of, fail
 
 SAID_BESIDES = {"upright": "DATA.UPRIGHT", "white": "DATA.WHITE", "views": "TEST.VIEWS"}
 """What an export says of its preparation that timm has no words for, and the setting."""
+LARGEST = {"DATA.IMG_SIZE": 2**13, "MODEL.CROSSFORMER.GROUP_SIZE": 2**10, "MODEL.CROSSFORMER.INTERVAL": 2**10}
+"""Settings with which a model would take all of the memory however small its weights are, and how large they may be."""
 PREPARATION = (
     "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.CROP_PCT",
     *SAID_BESIDES.values(),
@@ -81,11 +83,13 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
     timms = content["timm"] if os.path.isdir(path) else {}
     settings: list[tuple[str, Any, str]] = []
     if isinstance(saved, str):  # ours; a published checkpoint's is a dict with settings of its own
-        settings += [(key, value, path) for key, value in settings_in(saved, path).items() if key != "BASE"]
+        saved = settings_in(saved, path)
+        _check_sizes(saved, path)
+        settings += [(key, value, path) for key, value in saved.items() if key != "BASE"]
     elif timms:
         settings.append(("MODEL.NAME", timms["architecture"], path))
         settings += preparation_of(timms, path)
-        arguments = _dict_in(timms, "model_args")
+        arguments = dict_in(timms, "model_args")
         settings += [(f"MODEL.CROSSFORMER.{k}", arguments[a], path) for k, a in ARCHITECTURE.items() if a in arguments]
         others = arguments.keys() - ARCHITECTURE.values() - NOT_FOR_KWARGS.keys()
         settings.append(("MODEL.KWARGS", {argument: arguments[argument] for argument in sorted(others)}, path))
@@ -106,14 +110,18 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
     return build_config(flags=settings)
 
 
-def _dict_in(timms: dict[str, Any], name: str) -> dict[str, Any]:
-    value = timms.get(name)
-    return value if isinstance(value, dict) else {}
+def _check_sizes(settings: dict[str, Any], path: str) -> None:
+    for key, limit in LARGEST.items():
+        value = settings.get(key, 0)
+        for number in value if isinstance(value, list) else [value]:
+            for one in number if isinstance(number, list) else [number]:
+                if type(one) is not int or one > limit:
+                    fail(path, key, f"whole numbers up to {limit:,}", one)
 
 
 def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str]]:
     """timm's way to say how images are prepared, as settings, with what an export of ours says besides."""
-    pretrained_cfg, defaults = _dict_in(timms, "pretrained_cfg"), default_config()
+    pretrained_cfg, defaults = dict_in(timms, "pretrained_cfg"), default_config()
     size = pretrained_cfg.get("input_size", (3, 224, 224))
     if not isinstance(size, list | tuple) or not size:
         raise UserError(f"{path}: its input_size is {describe(size)}, expected channels, height and width")
@@ -144,49 +152,3 @@ def prepared_otherwise(content: dict, config: CfgNode, path: str) -> str:
     differing = [key for key in matter if there.get(key, here[key]) != here[key]]
     differing = [f"{key} {here[key]} (there {there[key]})" for key in differing]
     return f"images are prepared otherwise than {path} says: {', '.join(differing)}" if differing else ""
-
-
-def named_classes(content: dict, num_classes: int | None, path: str) -> list[str] | None:
-    """The names of a checkpoint's classes as its model counts them: of a run of ours, or the ``label_names`` of timm.
-
-    Raises:
-        UserError: they are not as many as the model has classes, or no names.
-    """
-    timms = content["timm"] if os.path.isdir(path) else {}
-    names = facts_of(content, path).get("classes") or timms.get("label_names")
-    names = names or _dict_in(timms, "pretrained_cfg").get("label_names")
-    if not names:
-        return None
-    if isinstance(names, dict):  # timm's, where some numbers have no name
-        numbers = [int(number) for number in names if str(number).isdecimal() and len(str(number)) < 7]
-        count = num_classes or max(numbers, default=0) + 1
-        names = [names.get(str(i), f"class {i}") for i in range(count)]
-    names = [str(name) if isinstance(name, int) else name for name in names] if isinstance(names, list) else [None]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: label_names must be a list of names, one for each class; mend its config.json")
-    if num_classes not in (None, len(names)):
-        raise UserError(f"{path} has the names of {len(names):,} classes, but its head has {num_classes:,}; mend them")
-    return names
-
-
-def in_words(names: list[str] | None, num_classes: int) -> list[str]:
-    """The names where there are any, of ImageNet's WordNet ids what they mean."""
-    info = ImageNetInfo("imagenet-1k")
-    if names:
-        ids = set(info.label_names())
-        return [info.label_name_to_description(name) if name in ids else name for name in names]
-    if num_classes == info.num_classes():
-        return [info.index_to_description(i) for i in range(num_classes)]
-    return [f"class {i}" for i in range(num_classes)]
-
-
-def as_ids(names: list[str]) -> list[str] | None:
-    """WordNet ids of ImageNet's classes for their descriptions or ids; None where one is neither, or is ambiguous."""
-    info = ImageNetInfo("imagenet-1k")
-    ids = info.label_names()
-    words = [info.index_to_description(i) for i in range(len(ids))]
-    if names == words:
-        return ids
-    known = {word: name for word, name in zip(words, ids, strict=True) if words.count(word) == 1}
-    known |= {name: name for name in ids}
-    return [known[name] for name in names] if all(name in known for name in names) else None

@@ -42,9 +42,9 @@ class RealLabels:
         self.fits = fits.to(device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # images, top-1, top-5
 
-    def add(self, logits: Tensor, targets: Tensor, numbers: Tensor) -> None:
-        """One batch: ``(B, 1000)``, ``(B,)``, and which images these are, ``(B,)``."""
-        fits = self.fits[numbers]
+    def add(self, logits: Tensor, numbers: Tensor) -> None:
+        """Take the answers to a batch, ``(B, 1000)``, whose images have these places in the index, ``(B,)``."""
+        fits = self.fits[numbers.to(logits.device, non_blocking=True)]
         right = fits.gather(1, logits.topk(5, dim=1).indices)
         self.sums += torch.stack([fits.any(dim=1).sum(), right[:, 0].sum(), right.any(dim=1).sum()])
 

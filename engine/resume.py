@@ -1,0 +1,96 @@
+"""Where a run begins: with random weights, with those of a file, or where an earlier run of the same name stopped."""
+
+from pathlib import Path
+from typing import Any
+
+from config import output_dir
+from data.loading import TrainLoader
+from engine.checkpoints import Checkpoints
+from engine.state import TrainState, check_resumable, images_of_a_process, step_after
+from lr_scheduler import Schedule
+from tasks import Task
+from utils import checkpoint
+from utils.distributed import agreement, from_main, is_main
+from utils.errors import UserError
+
+
+def start_or_resume(
+    config, task: Task, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader, schedule: Schedule
+) -> list[str]:
+    """Give ``state`` its first weights, or all that an earlier run has saved; returns lines that say which.
+
+    The run's own last checkpoint goes before MODEL.RESUME, so that the same command again carries on. A collective.
+    """
+    lines: list[str] = []
+    path = None
+    with agreement():
+        if is_main() and config.TRAIN.AUTO_RESUME:
+            path, lines = checkpoints.newest()
+    path, lines = from_main((path, lines))
+    for key in ("RESUME", "PRETRAINED") if path is not None else ():
+        if config.MODEL[key]:
+            lines.append(f"MODEL.{key} {config.MODEL[key]} is not used, for this run has begun; else choose a --tag")
+    carried_on = path or config.MODEL.RESUME
+    if carried_on:
+        content = read_on_main(carried_on)
+        with agreement():
+            lines += resume(config, task, state, content, Path(carried_on), loader, schedule)
+        return lines + look_after_files(config, state, checkpoints, loader)
+    if config.MODEL.PRETRAINED:
+        content = read_on_main(config.MODEL.PRETRAINED)
+        with agreement():
+            lines += task.start_from(state.model, content, config.MODEL.PRETRAINED)
+            if state.ema:
+                state.ema.set(state.model)
+        return lines
+    return [*lines, "starting from random weights"]
+
+
+def read_on_main(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, which rank 0 alone reads and hands to the others. A collective."""
+    content = None
+    with agreement():
+        if is_main():
+            content = checkpoint.read(path)
+    return from_main(content)
+
+
+def look_after_files(config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader) -> list[str]:
+    """See that the files exist of which the state of a run speaks that is carried on; returns lines that say more."""
+    before, lines = state.best, []
+    if is_main():
+        state.best, lines = checkpoints.know_best(before, state.carried.get("owed_best"))
+        if config.TRAIN.KEEP_EVERY_EPOCHS and state.carried.get("global_batch") == loader.global_batch:
+            checkpoints.keep_missing(config.TRAIN.KEEP_EVERY_EPOCHS, loader.steps_per_epoch)
+    state.best, lines = from_main((state.best, lines))
+    if state.best < before:
+        state.evaluated_step = min(state.evaluated_step, state.step - 1)  # these weights may be the best
+    return lines
+
+
+def resume(
+    config, task: Task, state: TrainState, content: dict[str, Any], path: Path, loader: TrainLoader, schedule: Schedule
+) -> list[str]:
+    """Be where the run that saved ``content`` in ``path`` was; returns lines that say so."""
+    own = path.resolve().parent == (output_dir(config) / "checkpoints").resolve()
+    changed = check_resumable(content, path, config, len(loader.dataset), own)
+    task.check(content, str(path))
+    state.restore(content, path)
+    before, now = content["global_batch"], loader.global_batch
+    state.step = step_after(content, now, loader.steps_per_epoch)
+    lines = [f"carrying on from {path} after step {state.step:,}", *changed]
+    if before != now:
+        state.evaluated_step = min(state.evaluated_step, state.step)
+        lines.append(f"the global batch was {before}, is now {now}: step {content['step']:,} is now {state.step:,}")
+        if images_of_a_process(content["config"]) != images_of_a_process(config.dump()):  # not just more processes
+            changed.append(lines[-1])
+    total_steps = config.TRAIN.EPOCHS * loader.steps_per_epoch
+    if changed and state.step >= total_steps and state.evaluated_step >= state.step:
+        raise UserError(
+            f"{path} is of a run that is done: nothing is left to train with other settings ({'; '.join(changed)}); "
+            "start anew with another --tag, or give it more TRAIN.EPOCHS"
+        )
+    if changed and state.step < total_steps:
+        rates = [group["lr"] / group.get("lr_scale", 1.0) for group in content["optimizer"]["param_groups"]]
+        lines.append(f"the learning rate goes on from {max(rates):.2e} to {schedule(state.step):.2e}")
+    return lines
