@@ -10,12 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.decoding import AS_PUBLISHED, Decoding, decode_with_orientation
+from data.decoding import AS_PUBLISHED, BadImage, Decoding, decode_with_orientation
 from data.index import ImageIndex
 from data.policy import Plan
 from data.ring import Ring, Slot
 from data.timm_dataset import TimmImages
 from utils.errors import UserError
+from utils.files import reason_of
 from utils.randomness import derive_seed, seed_cpu
 
 MAX_REPLACEMENTS = 100
@@ -51,7 +52,11 @@ class DecodeAndTransform:
     decoding: Decoding = AS_PUBLISHED
 
     def __call__(self, raw: tuple[bytes | Image.Image, int], look: bool) -> Sample:
-        """The sample of an item of an index; ``look`` at EXIF's orientation also where it changes no pixel."""
+        """Make a sample of what an index has of an image; ``look`` at EXIF even where that changes no pixel.
+
+        Raises:
+            BadImage: the image cannot be decoded.
+        """
         data, target = raw
         pixels, orientation = decode_with_orientation(data, self.decoding, look)
         image, plan = self.transform(pixels)
@@ -100,7 +105,9 @@ class ImageDataset(Dataset):
 
     Args:
         index: which images there are; ``index[i]`` gives the bytes of image ``i`` (or a PIL image) and its label.
-        sample: makes a sample of ``index[i]``; the second argument says whether to look at EXIF's orientation.
+        sample: makes a sample of ``index[i]``; the second argument says whether to look at EXIF's orientation. It may
+            draw from Python's, numpy's and torch's generators. Of a bad image it raises BadImage; other errors but
+            UserError are taken for bugs, and end the run with a traceback.
         seed: of the run.
         replace_bad: take the next image of the index that can be decoded in place of one that cannot.
     """
@@ -125,19 +132,29 @@ class ImageDataset(Dataset):
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
             try:
-                sample = self.sample(self.index[candidate], look)
+                sample = self.sample(self._read(candidate), look)
+            except BadImage as error:
+                bad.append(f"{self.index.name(candidate)}: {error}")
             except UserError as error:
                 return Item(None, bad=tuple(bad), failure=str(error))
-            except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
-                if getattr(error, "errno", None):  # it is not the image that is bad
-                    failure = f"image {self.index.name(candidate)}: {error.strerror}"
-                    return Item(None, bad=tuple(bad), failure=failure)
-                bad.append(f"{self.index.name(candidate)}: {str(error) or type(error).__name__}")
+            except OSError as error:
+                failure = f"image {self.index.name(candidate)}: {reason_of(error)}"
+                return Item(None, bad=tuple(bad), failure=failure)
             else:
                 orientation = sample.orientation if look else 0
                 return Item(sample._replace(orientation=orientation), candidate, tuple(bad))
         failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
         return Item(None, bad=tuple(bad), failure=failure)
+
+    def _read(self, i: int) -> Any:
+        try:
+            return self.index[i]
+        except UserError:
+            raise
+        except Exception as error:  # decompression and data sets of others fail in arbitrary ways on arbitrary bytes
+            if getattr(error, "errno", None):  # it is not the image that is bad
+                raise
+            raise BadImage(str(error) or type(error).__name__) from error
 
 
 class BatchDataset(Dataset):

@@ -53,6 +53,10 @@ TURNS = {
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class BadImage(ValueError):
+    """The bytes are no image that can be decoded; the message says why."""
+
+
 class Decoding(NamedTuple):
     """How pixels are made of a file, besides what the file says.
 
@@ -79,7 +83,8 @@ def decode(data: bytes | Image.Image, how: Decoding = AS_PUBLISHED) -> Tensor:
     first.
 
     Raises:
-        Exception: the bytes are no image. Its type is Pillow's choice.
+        BadImage: they are no image, a damaged one, or one that is not to be decoded.
+        OSError: an image that Pillow has not read yet (``data``) cannot be read.
     """
     return decode_with_orientation(data, how)[0]
 
@@ -92,7 +97,15 @@ def decode_with_orientation(
     Without ``look`` it is only looked for when it is needed, and else 0. A TIFF is upright either way: its orientation
     is part of the format, and Pillow has always honoured it.
     """
-    look |= how.upright
+    try:
+        return _decode(data, how, look or how.upright)
+    except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
+        if getattr(error, "errno", None):  # it is not the image that is bad
+            raise
+        raise BadImage(str(error) or type(error).__name__) from error
+
+
+def _decode(data: bytes | Image.Image, how: Decoding, look: bool) -> tuple[Tensor, int]:
     pixels, orientation = None, int(look)
     header = jpeg_header(data) if isinstance(data, bytes) else None
     if header and header.components in (1, 3) and 0 < header.width * header.height <= how.max_pixels:

@@ -329,6 +329,17 @@ def test_a_file_that_cannot_be_opened_is_no_bad_image(digits, tmp_path):
             next(batches)
 
 
+def test_a_bug_in_a_sample_is_no_bad_image(digits):
+    """It must not be reported as a file to remove, nor every image be replaced for it."""
+
+    def sample(raw, look):
+        raise KeyError("a bug")
+
+    dataset = ImageDataset(index_of(digits / "train"), sample, seed=0, replace_bad=True)
+    with pytest.raises(KeyError, match="a bug"):
+        dataset[0, 0]
+
+
 def test_nothing_but_bad_images_ends_the_run(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
