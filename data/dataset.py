@@ -10,11 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.augmentation import Plan
 from data.decoding import AS_PUBLISHED, BadImage, Decoding, decode_with_orientation
-from data.index import ImageIndex
-from data.policy import Plan
+from data.index import Index
 from data.ring import Ring, Slot
-from data.timm_dataset import TimmImages
 from utils.errors import UserError
 from utils.files import reason_of
 from utils.randomness import derive_seed, seed_cpu
@@ -112,9 +111,7 @@ class ImageDataset(Dataset):
         replace_bad: take the next image of the index that can be decoded in place of one that cannot.
     """
 
-    def __init__(
-        self, index: ImageIndex | TimmImages, sample: Callable[[Any, bool], Sample], seed: int, replace_bad: bool
-    ):
+    def __init__(self, index: Index, sample: Callable[[Any, bool], Sample], seed: int, replace_bad: bool):
         self.index = index
         self.sample = sample
         self.seed = seed
@@ -124,7 +121,7 @@ class ImageDataset(Dataset):
         return len(self.index)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        """The item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
+        """Make the item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
         epoch, i = key
         seed_cpu(derive_seed(self.seed, "sample", epoch, i))
         look = epoch == 0  # how many are turned is told of the first epoch, so nobody need look for it later
@@ -158,7 +155,10 @@ class ImageDataset(Dataset):
 
 
 class BatchDataset(Dataset):
-    """Whole batches of ``dataset``: ``batches[number, keys]``, in block ``number`` of ``ring`` where there is one."""
+    """Makes whole batches of ``dataset``: ``batches[number, keys]``, number ``number`` of them.
+
+    Where there is a ``ring``, they take turns with its blocks.
+    """
 
     def __init__(self, dataset: ImageDataset, ring: Ring | None = None):
         self.dataset = dataset
@@ -176,7 +176,7 @@ class BatchDataset(Dataset):
 
 
 def collate(items: list[Item], out: Tensor | None = None) -> HostBatch:
-    """Items as a batch, its images in ``out`` when that is given; those without a sample are left out."""
+    """Make a batch of items, its images in ``out`` when that is given; those without a sample are left out."""
     samples = [item.sample for item in items if item.sample is not None]
     if out is None:
         shape = samples[0].image.shape if samples else (3, 0, 0)

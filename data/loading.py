@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from data.augmentation import DeviceStage
 from data.dataset import BatchDataset, HostBatch, ImageDataset
-from data.on_device import DeviceStage
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, Key, TrainBatches
 from utils.errors import UserError
@@ -29,9 +29,12 @@ BATCHES_IN_USE = 2
 
 
 class Batch(NamedTuple):
-    """Images ``(B, 3, H, W)`` float and targets ``(B, ...)`` on the device.
+    """What a task gets of a loader.
 
-    ``numbers`` ``(B,)`` int64 on the host are the places of the images in the index.
+    Attributes:
+        images: ``(B, 3, H, W)`` float, channels last, on the device.
+        targets: ``(B, ...)`` on the device: the samples' targets.
+        numbers: ``(B,)`` int64 on the host: the places of the images in the index.
     """
 
     images: Tensor
@@ -65,7 +68,7 @@ def _start_worker(worker: int) -> None:
 
 
 def stop_on_bad_image(line: str) -> None:
-    """What to do with a file that cannot be decoded unless told otherwise."""
+    """Raise an error about an image that cannot be decoded: what a loader does unless told otherwise."""
     raise UserError(f"image {line}; remove or mend it, or go on without it: --opts DATA.ON_BAD_IMAGE skip")
 
 
@@ -74,7 +77,7 @@ _workers: "weakref.WeakSet[multiprocessing.Process]" = weakref.WeakSet()
 
 
 def _end_workers() -> None:
-    """At the end of a process that has left a loader unfinished. Later multiprocessing would ask them and wait."""
+    """End the workers of loaders that were left unfinished: later multiprocessing would ask them to end, and wait."""
     for worker in _workers:
         if worker.is_alive():
             worker.kill()
@@ -85,7 +88,11 @@ atexit.register(_end_workers)
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """torch raises an error of its own in the main process, wherever that is, when a loader process has died."""
+    """Name a loader process that has died: torch raises an error in the main process then, wherever that is.
+
+    Raises:
+        UserError: instead of torch's error.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -136,8 +143,8 @@ class _Loader:
     def __iter__(self) -> Iterator[Batch]:
         return _one_ahead(self._sound_batches(), self._to_device, self.device)
 
-    def host_batches(self) -> Iterator[HostBatch]:
-        """What the workers make of the files. The images of a batch are valid until the next but one is asked for."""
+    def _host_batches(self) -> Iterator[HostBatch]:
+        """Start the workers and yield what they send. Images are valid until the next batch but one is asked for."""
         forks = self.num_workers > 0 and sys.platform == "linux"
         ring = None
         if forks:
@@ -162,7 +169,7 @@ class _Loader:
             yield replace(batch, images=images, targets=torch.as_tensor(batch.targets))
 
     def _sound_batches(self) -> Iterator[HostBatch]:
-        for batch in self.host_batches():
+        for batch in self._host_batches():
             for line in batch.bad:
                 self.on_bad_image(line)
                 self.skipped += 1
@@ -181,7 +188,7 @@ class _Loader:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all loaders: memory that was freed on one stream is of no use to another."""
+    """Give the one stream of all loaders: memory that was freed on one stream is of no use to another."""
     return torch.cuda.Stream(device)
 
 
@@ -215,7 +222,7 @@ def _handed_over(batch: Batch, event: torch.cuda.Event) -> Batch:
 
 
 class TrainLoader(_Loader):
-    """The micro-batches of this rank. One pass over :meth:`micro_batches` lasts the whole run."""
+    """Yields the micro-batches of this rank. One pass over :meth:`micro_batches` lasts the whole run."""
 
     batches: TrainBatches
 
@@ -228,12 +235,12 @@ class TrainLoader(_Loader):
         return self.batches.global_batch
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
+        """Yield ``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
         self.batches.first_step, self.batches.last_step = first_step, last_step
         return iter(self)
 
 
 class EvalLoader(_Loader):
-    """Every image once over all ranks."""
+    """Yields every image once over all ranks."""
 
     batches: EvalBatches

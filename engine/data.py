@@ -4,21 +4,18 @@ from typing import NamedTuple
 
 import torch
 
-from data.build import (
+from data.augmentation import (
+    DeviceStage,
     augments_on_device,
-    build_decoding,
-    build_eval_loader,
-    build_train_loader,
+    build_eval_transform,
     build_train_stage,
-    check_num_classes,
-    keep_in_memory,
-    open_images,
+    build_train_transform,
 )
+from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory, open_images
 from data.dataset import DecodeAndTransform
+from data.decoding import build_decoding
 from data.files import describe_left_out
 from data.loading import EvalLoader, TrainLoader
-from data.on_device import DeviceStage
-from data.transforms import build_eval_transform, build_train_transform
 
 
 class Loaders(NamedTuple):

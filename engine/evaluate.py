@@ -193,6 +193,8 @@ def number_as_the_model(
 ) -> tuple[list[str], set[str]]:
     """Number the images' classes like the model ``name`` where the data has some of its classes only, or in disorder.
 
+    The loader of the validation images gets an index with these numbers.
+
     So a model of ImageNet's 1,000 classes is evaluated on ImageNet-A and -R, which have 200 of them, and on
     ImageNet-V2, whose folders are named by their numbers. What a file says of its classes goes before their order on
     disk.
@@ -200,26 +202,26 @@ def number_as_the_model(
     Returns:
         the classes of the model, and those that the data has if it has not all of them.
     """
-    images, num_classes = loaders.val.dataset.index, classes_in(weights, name)
+    index, num_classes = loaders.val.dataset.index, classes_in(weights, name)
     known = named_classes(content, num_classes, path)
     if known is None and num_classes == len(IMAGENET):
         known = IMAGENET
     if known is None or known == loaders.classes:
         return loaders.classes, set()
-    if not isinstance(images, ImageIndex):  # where it does not name its classes, their numbers are the model's
-        return known if images.classes is None else loaders.classes, set()
+    if not isinstance(index, ImageIndex):  # where it does not name its classes, their numbers are the model's
+        return known if index.classes is None else loaders.classes, set()
     present = loaders.classes
     if as_ids(known) == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
-        known, present = IMAGENET, images.rename_classes([IMAGENET[int(number)] for number in present]).classes
+        known, present = IMAGENET, [IMAGENET[int(number)] for number in present]
     if not set(present) <= set(known):
         ids = as_ids(known), as_ids(present)
         if None in ids or not set(ids[1]) <= set(ids[0]):
             return loaders.classes, set()
-        known, present = ids[0], images.rename_classes(ids[1]).classes  # words in one place, WordNet ids in the other
+        known, present = ids  # words in one place, WordNet ids in the other
     if len(set(known)) < len(known):
         twice = next(name for name in known if known.count(name) > 1)
         raise UserError(f"{path}: two of its classes are called {twice!r}, so that the data's cannot be told apart")
-    images.with_classes(known)
+    loaders.val.dataset.index = index.rename_classes(present).with_classes(known)
     return known, set(present) if len(present) < len(known) else set()
 
 

@@ -6,7 +6,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
-from data.build import Images
+from data.index import Index
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
 
@@ -26,7 +26,7 @@ class RealLabels:
         UserError: the images or the classes are others.
     """
 
-    def __init__(self, images: Images, classes: list[str], device: torch.device):
+    def __init__(self, images: Index, classes: list[str], device: torch.device):
         labels = RealLabelsImagenet(range(IMAGES)).real_labels
         if len(classes) != ImageNetInfo("imagenet-1k").num_classes():
             raise UserError(f"TEST.REAL_LABELS is for the 1,000 classes of ImageNet; the model has {len(classes)}")

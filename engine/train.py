@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from config import output_dir
-from data import build_mixing, fingerprint
+from data import fingerprint
+from data.augmentation import build_mixing
 from data.loading import TrainLoader, naming_dead_workers
 from engine.checkpoints import Checkpoints
 from engine.data import Loaders, build_loaders
