@@ -107,7 +107,7 @@ def check_num_classes(config, classes: list[str]) -> None:
 
 
 def fingerprint(index: Index) -> str:
-    """Tell whether two processes have the same images in the same order, as far as their number and classes go."""
+    """Sum up the images' number, order and classes in a line that is another one for other data."""
     labels = getattr(index, "labels", None)
     digest = hashlib.blake2b(repr(getattr(index, "classes", None)).encode(), digest_size=6)
     if labels is not None:

@@ -81,7 +81,7 @@ class HostBatch:
 
     Attributes:
         images: ``(B, 3, H, W)`` uint8, channels last, or where they lie in a ring.
-        targets: ``(B, ...)``; as numpy's array on the way from a worker.
+        targets: ``(B, ...)``; a numpy array on the way from a worker.
         plans, numbers, orientations: of each image.
         bad, failure: as in an item, of the whole batch.
     """
@@ -95,8 +95,8 @@ class HostBatch:
     failure: str
 
     def pin_memory(self) -> "HostBatch":
-        """Copy the images into page-locked memory; the loader's thread for that calls this."""
-        return replace(self, images=self.images.pin_memory())
+        """Copy images and targets into page-locked memory; torch's thread for that calls this."""
+        return replace(self, images=self.images.pin_memory(), targets=torch.as_tensor(self.targets).pin_memory())
 
 
 class ImageDataset(Dataset):
@@ -155,9 +155,9 @@ class ImageDataset(Dataset):
 
 
 class BatchDataset(Dataset):
-    """Makes whole batches of ``dataset``: ``batches[number, keys]``, number ``number`` of them.
+    """Makes batches: ``batches[number, keys]`` is batch ``number``, of the items of ``dataset`` at ``keys``.
 
-    Where there is a ``ring``, they take turns with its blocks.
+    With a ``ring`` its images are written into the block whose turn it is, and only the block's place is sent.
     """
 
     def __init__(self, dataset: ImageDataset, ring: Ring | None = None):

@@ -116,6 +116,10 @@ class _Loader:
         size: height and width of every image.
         stage: makes float images on its ``device`` of uint8 images and their plans.
         on_bad_image: is given a line for each image that cannot be decoded.
+
+    Attributes:
+        skipped: how many images could not be decoded so far.
+        looked_at, turned: how many images of the first epoch there were, and how many of them EXIF says are turned.
     """
 
     def __init__(
@@ -133,7 +137,7 @@ class _Loader:
         self.stage = stage
         self.on_bad_image = on_bad_image
         self.skipped = 0
-        self.looked_at = self.turned = 0  # images of the first epoch, and those of them that EXIF says are turned
+        self.looked_at = self.turned = 0
         self.num_workers = num_workers
 
     @property
@@ -181,8 +185,7 @@ class _Loader:
                 yield batch
 
     def _to_device(self, batch: HostBatch) -> Batch:
-        targets = batch.targets.pin_memory() if self.device.type == "cuda" else batch.targets
-        targets = targets.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
         return Batch(self.stage(batch.images, batch.plans), targets, torch.tensor(batch.numbers))
 
 
