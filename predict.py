@@ -23,13 +23,10 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from data.build import build_decoding
-from data.decoding import decode, read_file, tensor_to_pil
+from data.augmentation import DeviceStage, Plan, build_eval_transform
+from data.decoding import build_decoding, decode, read_file, tensor_to_pil
 from data.files import check_is_file, describe_kinds
 from data.files import find_images as images_below
-from data.on_device import DeviceStage
-from data.policy import Plan
-from data.transforms import build_eval_transform
 from engine.model import check_image_size
 from engine.precision import choose_precision
 from tasks.classification import build_views, mean_of_probabilities

@@ -13,6 +13,7 @@ from data.index import ImageIndex, Scan, order
 from utils.errors import UserError
 from utils.names import printable
 
+CHUNK = 2**24
 MAX_OPEN_FILES = 128
 """Of one process; a limit of 1,024 is usual, and a data set may have more shards than that."""
 MAX_CLASS_DIGITS = 6
@@ -26,21 +27,20 @@ class ArchiveIndex(ImageIndex):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._archive, self._offset, self._length = (self.arrays[key] for key in ("archive", "offset", "length"))
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._process = os.getpid()
-
-    def __del__(self):
-        if getattr(self, "_process", None) == os.getpid():
-            for handle in self._files.values():
-                os.close(handle)
+        self._files = OpenFiles()
 
     def archive(self, i: int) -> Path:
-        """The archive that image ``i`` lies in."""
+        """Say which archive image ``i`` lies in."""
         return self.root / self.archives[self._archive[i]]
 
     @abstractmethod
     def member(self, i: int) -> str:
-        """The name of image ``i`` in its archive, as far as the archive tells."""
+        """Read the name of image ``i`` in its archive.
+
+        Raises:
+            OSError: the archive cannot be opened or read.
+            UserError: it does not fit the index.
+        """
 
     def name(self, i: int) -> str:
         try:
@@ -49,27 +49,50 @@ class ArchiveIndex(ImageIndex):
             member = f"byte {self._offset[i]:,}"
         return f"{self.archive(i)}:{printable(member[:MAX_NAME])}"
 
+    def read_ahead(self, part: int, parts: int) -> int:
+        total, buffer = 0, bytearray(CHUNK)
+        for archive in self.archives:
+            with open(self.root / archive, "rb", buffering=0) as file:
+                for start in range(part * CHUNK, os.fstat(file.fileno()).st_size, parts * CHUNK):
+                    file.seek(start)
+                    total += file.readinto(buffer)
+        return total
+
     def bytes_at(self, i: int, offset: int, length: int) -> bytes:
-        """``length`` bytes of image ``i``'s archive, fewer at its end."""
-        return os.pread(self._open(int(self._archive[i])), length, offset)
+        """Read ``length`` bytes of image ``i``'s archive, fewer at its end."""
+        return os.pread(self._files.open(self.archive(i)), length, offset)
 
     def misfit(self, i: int) -> UserError:
-        """The archive is not what was indexed."""
+        """Say that the archive of image ``i`` is not what was indexed."""
         return UserError(
             f"{self.archive(i)} does not fit its index {self.file} at byte {self._offset[i]:,}: it was changed or cut "
             "short; restore it, or remove the index so that it is made again"
         )
 
-    def _open(self, number: int) -> int:
+
+class OpenFiles:
+    """The files that a process has open for reading, MAX_OPEN_FILES at most: those that were used last."""
+
+    def __init__(self):
+        self._handles: OrderedDict[Path, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def __del__(self):
+        if self._process == os.getpid():
+            for handle in self._handles.values():
+                os.close(handle)
+
+    def open(self, path: Path) -> int:
+        """Give a handle of the file, opening it if need be."""
         if self._process != os.getpid():  # a forked worker has its own set
-            self._process, self._files = os.getpid(), OrderedDict()
-        if number in self._files:
-            self._files.move_to_end(number)
+            self._process, self._handles = os.getpid(), OrderedDict()
+        if path in self._handles:
+            self._handles.move_to_end(path)
         else:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[number] = os.open(self.root / self.archives[number], os.O_RDONLY)
-        return self._files[number]
+            if len(self._handles) >= MAX_OPEN_FILES:
+                os.close(self._handles.popitem(last=False)[1])
+            self._handles[path] = os.open(path, os.O_RDONLY)
+        return self._handles[path]
 
 
 class Members:
@@ -88,6 +111,11 @@ class Members:
         self.left_out: Counter[str] = Counter()
 
     def add(self, label: str, name: str, archive: int, offset: int, length: int) -> None:
+        """Add an image of class ``label``, ``length`` bytes from ``offset`` on in the archive of this number.
+
+        Raises:
+            UserError: it is too long.
+        """
         if length > MAX_IMAGE_BYTES:
             path = self.archives[archive]
             raise UserError(f"{path}:{name} has {length:,} bytes, too many for an image; remove it")
@@ -98,7 +126,7 @@ class Members:
         self.length.append(length)
 
     def scan(self, classes: list[str], *more_sources: Path) -> Scan:
-        """The result; ``classes`` in their order, ``more_sources`` what it depends on besides the archives."""
+        """Sum up; ``classes`` in their order, ``more_sources`` what the result depends on besides the archives."""
         number = {name: i for i, name in enumerate(classes)}
         renumbered = np.array([number[name] for name in self.classes], dtype=np.int32)
         labels = renumbered[np.frombuffer(self.labels, dtype=np.int32)]
@@ -115,7 +143,7 @@ class Members:
 
 
 def class_and_name(member: str) -> tuple[str, str]:
-    """``train/CLASS/NAME`` or ``CLASS/NAME`` as class (empty where there is no folder) and name."""
+    """Split ``train/CLASS/NAME`` or ``CLASS/NAME`` into class (empty where there is no folder) and name."""
     parts = [part for part in PurePosixPath(member).parts if part not in (".", "/")]
     for place in (0, 1):  # as in train/CLASS/NAME and imagenet/train/CLASS/NAME; deeper it is no split's folder
         if parts[place : place + 1] and parts[place] in SPLIT_FOLDERS and len(parts) > place + 2:

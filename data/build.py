@@ -8,29 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from data.augmentation import DeviceStage
 from data.dataset import ImageDataset, Sample
-from data.decoding import Decoding
-from data.index import ImageIndex, open_index
+from data.index import ImageIndex, Index, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
-from data.on_device import OPERATIONS, DeviceStage
-from data.policy import Recorder, build_policy, fill_colour
 from data.sampling import EvalBatches, TrainBatches
-from data.timm_dataset import TimmImages
-from data.warming import read_ahead
+from data.timm_index import TimmIndex
 from utils.distributed import rank, world_size
 from utils.errors import UserError
-from utils.image_size import height_and_width
-
-Images = ImageIndex | TimmImages
 
 
 def build_train_loader(
-    config, index: Images, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
+    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
 ) -> TrainLoader:
-    """The training batches of this rank.
+    """Build the loader of this rank's training batches.
 
     Args:
         index: the training images.
@@ -56,29 +49,31 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config, index: Images, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
+    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
 ) -> EvalLoader:
-    """This rank's share of the validation images; arguments as for :func:`build_train_loader`."""
+    """Build the loader of this rank's share of the validation images; arguments as of :func:`build_train_loader`."""
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
     dataset = ImageDataset(index, sample, config.SEED, replace_bad=False)
     batches = EvalBatches(len(index), config.DATA.BATCH_SIZE, rank(), world_size())
     return EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
 
-def build_decoding(config) -> Decoding:
-    """How the settings want pixels to be made of a file."""
-    return Decoding(config.DATA.UPRIGHT, config.DATA.MAX_PIXELS, config.DATA.WHITE)
+def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, ImageIndex | TimmIndex, list[str]]:
+    """Open the images of classes in DATA.DATA_PATH, both splits numbered by the classes of the training images.
 
+    Returns:
+        the index of the training images (None unless ``training``), that of the validation images, and the classes.
 
-def open_images(config, training: bool) -> tuple[Images | None, Images, list[str]]:
-    """Training images (if ``training``), validation images and class names of ``config.DATA.DATA_PATH``."""
+    Raises:
+        UserError: something is missing, damaged or empty.
+    """
     if not config.DATA.DATA_PATH:
         raise UserError("DATA.DATA_PATH is not set: give --data-path DIR with train/CLASS/*.jpg (see docs/data.md)")
     root = Path(config.DATA.DATA_PATH)
     if not os.path.isdir(root):
         raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with train/ and val/ (see docs/data.md)")
     if "/" in config.DATA.FORMAT:
-        return open_timm_images(config, root, training)
+        return _open_with_timm(config, root, training)
     layouts = {"train": None, "val": find_layout(root, "val", config.DATA.FORMAT)}
     with nullcontext() if training else suppress(UserError):  # evaluation only takes the names of its classes
         layouts["train"] = find_layout(root, "train", config.DATA.FORMAT)
@@ -91,10 +86,9 @@ def open_images(config, training: bool) -> tuple[Images | None, Images, list[str
     return train, open_index(layouts["val"], cache_dir).with_classes(classes), classes
 
 
-def open_timm_images(config, root: Path, training: bool) -> tuple[TimmImages | None, TimmImages, list[str]]:
-    """The same from a data set that timm names."""
-    train = TimmImages(config.DATA.FORMAT, root, "train") if training else None
-    val = TimmImages(config.DATA.FORMAT, root, "validation")
+def _open_with_timm(config, root: Path, training: bool) -> tuple[TimmIndex | None, TimmIndex, list[str]]:
+    train = TimmIndex(config.DATA.FORMAT, root, "train") if training else None
+    val = TimmIndex(config.DATA.FORMAT, root, "validation")
     classes = (train or val).classes or [str(i) for i in range(config.MODEL.NUM_CLASSES)]
     if train and train.classes != val.classes:
         raise UserError(f"DATA.FORMAT {config.DATA.FORMAT}: train and validation do not have the same classes")
@@ -112,53 +106,28 @@ def check_num_classes(config, classes: list[str]) -> None:
         )
 
 
-def fingerprint(images: Images) -> str:
-    """Tells whether two processes have the same images in the same order, as far as their number and classes go."""
-    labels = getattr(images, "labels", None)
-    digest = hashlib.blake2b(repr(images.classes).encode(), digest_size=6)
+def fingerprint(index: Index) -> str:
+    """Sum up the images' number, order and classes in a line that is another one for other data."""
+    labels = getattr(index, "labels", None)
+    digest = hashlib.blake2b(repr(getattr(index, "classes", None)).encode(), digest_size=6)
     if labels is not None:
         digest.update(np.ascontiguousarray(labels).data)
-    return f"{len(images):,} images ({digest.hexdigest()})"
+    return f"{len(index):,} images ({digest.hexdigest()})"
 
 
-def augments_on_device(config, device: torch.device) -> bool:
-    """Whether AUG.DEVICE leaves AUG.AUTO_AUGMENT or colour jitter to the GPU; else the workers do it with Pillow."""
-    if config.AUG.DEVICE == "cpu" or (config.AUG.DEVICE == "auto" and device.type != "cuda"):
-        return False
-    if device.type != "cuda":
-        raise UserError("AUG.DEVICE cuda: there is no GPU; use auto or cpu")
-    try:
-        unknown = Recorder(build_policy(config)).names - set(OPERATIONS)
-    except TypeError:
-        unknown = {config.AUG.AUTO_AUGMENT}
-    if unknown and config.AUG.DEVICE == "cuda":
-        raise UserError(f"AUG.DEVICE cuda: {', '.join(sorted(unknown))} only runs on the CPU; use auto or cpu")
-    return not unknown
+def keep_in_memory(config, *indexes: Index) -> None:
+    """Read the files before the run, as DATA.CACHE_MODE says: each process of a host a part of them, or all.
 
-
-def build_train_stage(config, device: torch.device) -> DeviceStage:
-    """What the device does to training images."""
-    return DeviceStage(
-        device,
-        config.DATA.MEAN,
-        config.DATA.STD,
-        fill_colour(config.DATA.MEAN),
-        config.DATA.INTERPOLATION,
-        config.AUG.REMODE if config.AUG.REPROB else "const",
-        height_and_width(config.DATA.IMG_SIZE),
-        config.SEED,
-    )
-
-
-def keep_in_memory(config, *indexes: Images) -> None:
-    """Read the files before the run: each process of a host a part of them, or all (DATA.CACHE_MODE)."""
+    Raises:
+        UserError: a file cannot be read, or the index is not one of files.
+    """
     mode = config.DATA.CACHE_MODE
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if mode == "part" else 1
     for index in indexes if mode != "no" else ():
-        if isinstance(index, TimmImages):
+        if not isinstance(index, ImageIndex):
             raise UserError("DATA.CACHE_MODE is for folders and archives; leave it at no for a data set of timm's")
         try:
-            read_ahead(index, int(os.environ.get("LOCAL_RANK", 0)) % processes, processes)
+            index.read_ahead(int(os.environ.get("LOCAL_RANK", 0)) % processes, processes)
         except OSError as error:
             raise UserError(
                 f"DATA.CACHE_MODE {mode}: {error.filename or index.root} cannot be read: {error.strerror}"

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.decoding import AS_PUBLISHED, Decoding, decode_with_orientation
-from data.index import ImageIndex
-from data.policy import Plan
+from data.augmentation import Plan
+from data.decoding import AS_PUBLISHED, BadImage, Decoding, decode_with_orientation
+from data.index import Index
 from data.ring import Ring, Slot
-from data.timm_dataset import TimmImages
 from utils.errors import UserError
+from utils.files import reason_of
 from utils.randomness import derive_seed, seed_cpu
 
 MAX_REPLACEMENTS = 100
@@ -51,7 +51,11 @@ class DecodeAndTransform:
     decoding: Decoding = AS_PUBLISHED
 
     def __call__(self, raw: tuple[bytes | Image.Image, int], look: bool) -> Sample:
-        """The sample of an item of an index; ``look`` at EXIF's orientation also where it changes no pixel."""
+        """Make a sample of what an index has of an image; ``look`` at EXIF even where that changes no pixel.
+
+        Raises:
+            BadImage: the image cannot be decoded.
+        """
         data, target = raw
         pixels, orientation = decode_with_orientation(data, self.decoding, look)
         image, plan = self.transform(pixels)
@@ -77,7 +81,7 @@ class HostBatch:
 
     Attributes:
         images: ``(B, 3, H, W)`` uint8, channels last, or where they lie in a ring.
-        targets: ``(B, ...)``; as numpy's array on the way from a worker.
+        targets: ``(B, ...)``; a numpy array on the way from a worker.
         plans, numbers, orientations: of each image.
         bad, failure: as in an item, of the whole batch.
     """
@@ -91,8 +95,8 @@ class HostBatch:
     failure: str
 
     def pin_memory(self) -> "HostBatch":
-        """Copy the images into page-locked memory; the loader's thread for that calls this."""
-        return replace(self, images=self.images.pin_memory())
+        """Copy images and targets into page-locked memory; torch's thread for that calls this."""
+        return replace(self, images=self.images.pin_memory(), targets=torch.as_tensor(self.targets).pin_memory())
 
 
 class ImageDataset(Dataset):
@@ -100,14 +104,14 @@ class ImageDataset(Dataset):
 
     Args:
         index: which images there are; ``index[i]`` gives the bytes of image ``i`` (or a PIL image) and its label.
-        sample: makes a sample of ``index[i]``; the second argument says whether to look at EXIF's orientation.
+        sample: makes a sample of ``index[i]``; the second argument says whether to look at EXIF's orientation. It may
+            draw from Python's, numpy's and torch's generators. Of a bad image it raises BadImage; other errors but
+            UserError are taken for bugs, and end the run with a traceback.
         seed: of the run.
         replace_bad: take the next image of the index that can be decoded in place of one that cannot.
     """
 
-    def __init__(
-        self, index: ImageIndex | TimmImages, sample: Callable[[Any, bool], Sample], seed: int, replace_bad: bool
-    ):
+    def __init__(self, index: Index, sample: Callable[[Any, bool], Sample], seed: int, replace_bad: bool):
         self.index = index
         self.sample = sample
         self.seed = seed
@@ -117,7 +121,7 @@ class ImageDataset(Dataset):
         return len(self.index)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        """The item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
+        """Make the item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
         epoch, i = key
         seed_cpu(derive_seed(self.seed, "sample", epoch, i))
         look = epoch == 0  # how many are turned is told of the first epoch, so nobody need look for it later
@@ -125,23 +129,36 @@ class ImageDataset(Dataset):
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
             try:
-                sample = self.sample(self.index[candidate], look)
+                sample = self.sample(self._read(candidate), look)
+            except BadImage as error:
+                bad.append(f"{self.index.name(candidate)}: {error}")
             except UserError as error:
                 return Item(None, bad=tuple(bad), failure=str(error))
-            except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
-                if getattr(error, "errno", None):  # it is not the image that is bad
-                    failure = f"image {self.index.name(candidate)}: {error.strerror}"
-                    return Item(None, bad=tuple(bad), failure=failure)
-                bad.append(f"{self.index.name(candidate)}: {str(error) or type(error).__name__}")
+            except OSError as error:
+                failure = f"image {self.index.name(candidate)}: {reason_of(error)}"
+                return Item(None, bad=tuple(bad), failure=failure)
             else:
                 orientation = sample.orientation if look else 0
                 return Item(sample._replace(orientation=orientation), candidate, tuple(bad))
         failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
         return Item(None, bad=tuple(bad), failure=failure)
 
+    def _read(self, i: int) -> Any:
+        try:
+            return self.index[i]
+        except UserError:
+            raise
+        except Exception as error:  # decompression and data sets of others fail in arbitrary ways on arbitrary bytes
+            if getattr(error, "errno", None):  # it is not the image that is bad
+                raise
+            raise BadImage(str(error) or type(error).__name__) from error
+
 
 class BatchDataset(Dataset):
-    """Whole batches of ``dataset``: ``batches[number, keys]``, in block ``number`` of ``ring`` where there is one."""
+    """Makes batches: ``batches[number, keys]`` is batch ``number``, of the items of ``dataset`` at ``keys``.
+
+    With a ``ring`` its images are written into the block whose turn it is, and only the block's place is sent.
+    """
 
     def __init__(self, dataset: ImageDataset, ring: Ring | None = None):
         self.dataset = dataset
@@ -159,7 +176,7 @@ class BatchDataset(Dataset):
 
 
 def collate(items: list[Item], out: Tensor | None = None) -> HostBatch:
-    """Items as a batch, its images in ``out`` when that is given; those without a sample are left out."""
+    """Make a batch of items, its images in ``out`` when that is given; those without a sample are left out."""
     samples = [item.sample for item in items if item.sample is not None]
     if out is None:
         shape = samples[0].image.shape if samples else (3, 0, 0)

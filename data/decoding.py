@@ -53,6 +53,10 @@ TURNS = {
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class BadImage(ValueError):
+    """The bytes are no image that can be decoded; the message says why."""
+
+
 class Decoding(NamedTuple):
     """How pixels are made of a file, besides what the file says.
 
@@ -71,15 +75,21 @@ class Decoding(NamedTuple):
 AS_PUBLISHED = Decoding()
 
 
+def build_decoding(config) -> Decoding:
+    """Take from the settings how pixels are made of a file."""
+    return Decoding(config.DATA.UPRIGHT, config.DATA.MAX_PIXELS, config.DATA.WHITE)
+
+
 def decode(data: bytes | Image.Image, how: Decoding = AS_PUBLISHED) -> Tensor:
-    """The image as RGB, ``(3, H, W)`` uint8 with channels last in memory.
+    """Decode an image as RGB, ``(3, H, W)`` uint8 with channels last in memory.
 
     What the bytes are decides, not the file's name: libjpeg-turbo decodes JPEGs; Pillow everything else that it can
     and what the other refuses. On a JPEG they give the same pixels. Of an animation or of several pages it is the
     first.
 
     Raises:
-        Exception: the bytes are no image. Its type is Pillow's choice.
+        BadImage: they are no image, a damaged one, or one that is not to be decoded.
+        OSError: an image that Pillow has not read yet (``data``) cannot be read.
     """
     return decode_with_orientation(data, how)[0]
 
@@ -87,12 +97,20 @@ def decode(data: bytes | Image.Image, how: Decoding = AS_PUBLISHED) -> Tensor:
 def decode_with_orientation(
     data: bytes | Image.Image, how: Decoding = AS_PUBLISHED, look: bool = True
 ) -> tuple[Tensor, int]:
-    """:func:`decode`, and the orientation that EXIF tells of: 1 to 8, and 1 where it tells of none.
+    """Decode as :func:`decode` does, and tell the orientation that EXIF gives: 1 to 8, and 1 where it gives none.
 
     Without ``look`` it is only looked for when it is needed, and else 0. A TIFF is upright either way: its orientation
     is part of the format, and Pillow has always honoured it.
     """
-    look |= how.upright
+    try:
+        return _decode(data, how, look or how.upright)
+    except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
+        if getattr(error, "errno", None):  # it is not the image that is bad
+            raise
+        raise BadImage(str(error) or type(error).__name__) from error
+
+
+def _decode(data: bytes | Image.Image, how: Decoding, look: bool) -> tuple[Tensor, int]:
     pixels, orientation = None, int(look)
     header = jpeg_header(data) if isinstance(data, bytes) else None
     if header and header.components in (1, 3) and 0 < header.width * header.height <= how.max_pixels:
@@ -113,20 +131,18 @@ def decode_with_orientation(
 
 
 def decode_fast(data: bytes) -> Tensor:
-    """A JPEG in colour or grey as :func:`decode` gives it."""
+    """Decode a JPEG in colour or grey to the pixels of :func:`decode`, whose faster way it is.
+
+    Raises:
+        RuntimeError, ValueError: it is damaged, or no JPEG.
+    """
     if simplejpeg is None:
         return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
     return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)).permute(2, 0, 1)
 
 
-def decode_with_pillow(data: bytes | Image.Image, how: Decoding = AS_PUBLISHED) -> Image.Image:
-    """The image as RGB, as it lies in the file."""
-    with open_picture(data, how.max_pixels) as picture:
-        return to_rgb(picture, how.white)
-
-
 class open_picture:
-    """The image as Pillow sees it, its pixels not decoded; to be used with ``with``.
+    """Opens an image with Pillow, its pixels not decoded yet; to be used with ``with``.
 
     Raises:
         ValueError: it is no image of RASTER_FORMATS, or has more than ``max_pixels``.
@@ -159,13 +175,13 @@ class open_picture:
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Those of RASTER_FORMATS that this Pillow can read, and what plug-ins add to it."""
+    """List those of RASTER_FORMATS that this Pillow can read, with what plug-ins add to it."""
     Image.init()
     return tuple(name for name in RASTER_FORMATS if name in Image.OPEN)
 
 
 def what_it_is(data: bytes) -> str:
-    """Why Pillow does not know an image."""
+    """Say why Pillow does not know an image."""
     header = jpeg_header(data)
     if header and header.bits != 8:
         return f"a JPEG with {header.bits} bits a channel cannot be decoded; save it as PNG"
@@ -175,17 +191,17 @@ def what_it_is(data: bytes) -> str:
 
 
 def to_rgb(image: Image.Image, white: float = 0.0) -> Image.Image:
-    """Any image of Pillow's as RGB, 8 bits a channel; grey images with more bits as :func:`to_8_bits` does."""
+    """Convert any image of Pillow's to RGB, 8 bits a channel; grey ones with more bits as :func:`to_8_bits` does."""
     return Image.fromarray(to_8_bits(image, white)).convert("RGB") if is_deep_grey(image.mode) else image.convert("RGB")
 
 
 def is_deep_grey(mode: str) -> bool:
-    """Whether an image of this mode has one channel of more than 8 bits; colours Pillow has already cut to 8."""
+    """Tell whether an image of this mode has one channel of more than 8 bits; colours Pillow has already cut to 8."""
     return mode == "F" or mode.startswith("I")
 
 
 def to_8_bits(image: Image.Image, white: float) -> np.ndarray:
-    """A grey image with 16 or 32 bits as uint8.
+    """Scale a grey image with 16 or 32 bits to uint8.
 
     The scale depends on the kind of image, never on its pixels: 16 bits lose the lower 8, as they do in colour images
     by Pillow. With ``white`` the scale is 255 / white, and values outside 0 to white are cut.
@@ -211,9 +227,9 @@ def to_8_bits(image: Image.Image, white: float) -> np.ndarray:
 
 
 def depth_of(image: Image.Image) -> tuple[int, bool]:
-    """How many bits the pixels of a deep grey image have, without a sign; 0 where that says nothing of their range.
+    """Tell how many bits the pixels of a deep grey image have without a sign, and whether white is 0.
 
-    And whether white is 0.
+    It is 0 bits where their number says nothing of the range.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
@@ -225,7 +241,7 @@ def depth_of(image: Image.Image) -> tuple[int, bool]:
 
 
 def orientation_of(picture: Image.Image) -> int:
-    """EXIF's (or XMP's), 1 to 8; 1 where there is none, or it is damaged."""
+    """Look for the orientation of EXIF (or XMP), 1 to 8; 1 where there is none, or it is damaged."""
     with suppress(Exception):
         # A PNG's own getexif would decode it, to find what may stand behind the pixels
         value = Image.Image.getexif(picture).get(ORIENTATION)
@@ -234,19 +250,19 @@ def orientation_of(picture: Image.Image) -> int:
 
 
 def turn(pixels: Tensor, orientation: int) -> Tensor:
-    """``(3, H, W)`` stored with an EXIF orientation, upright. Source: Exif 2.32, section 4.6.4 A."""
+    """Turn pixels ``(3, H, W)`` with an EXIF orientation upright. Source: Exif 2.32, section 4.6.4 A."""
     if orientation not in TURNS:
         return pixels
     return pil_to_tensor(tensor_to_pil(pixels).transpose(TURNS[orientation]))
 
 
 def pil_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as ``(3, H, W)``, a view of channels-last memory."""
+    """Convert an RGB image to ``(3, H, W)``, a view of channels-last memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def tensor_to_pil(image: Tensor) -> Image.Image:
-    """The reverse of :func:`pil_to_tensor`."""
+    """Convert ``(3, H, W)`` uint8 to an RGB image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -261,7 +277,7 @@ class JpegHeader(NamedTuple):
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
-    """Of a file that begins like a JPEG; None of others and of damaged ones. Source: ITU T.81, B.2.2."""
+    """Read the frame header of a JPEG; None of other files and of damaged ones. Source: ITU T.81, B.2.2."""
     if not data.startswith(b"\xff\xd8"):
         return None
     has_metadata = False
@@ -274,13 +290,13 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int, int] | None:
-    """Width, height and number of colour components of a JPEG with 8 bits, from its frame header."""
+    """Read width, height and number of colour components of a JPEG with 8 bits from its frame header; else None."""
     header = jpeg_header(data)
     return header[:3] if header and header.bits == 8 else None
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """The markers of a JPEG up to its first scan, and where they stand."""
+    """Yield the markers of a JPEG up to its first scan, and where they stand."""
     i = 2
     while i + 9 < len(data):
         marker = data[i + 1]
@@ -294,7 +310,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file, MAX_IMAGE_BYTES at most.
+    """Read the bytes of an image file, MAX_IMAGE_BYTES at most.
 
     Raises:
         OSError: it cannot be opened or read.

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from data.index import Index
 from utils.errors import UserError
 
 IMAGE_TYPES: dict[str, tuple[str, ...]] = {
@@ -63,29 +64,29 @@ KINDS_KEPT, KINDS_SHOWN = 50, 6
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image."""
+    """Tell whether a file of this name is an image."""
     return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file or folder of this name (without its path) is hidden, or the system's."""
+    """Tell whether a file or folder of this name (without its path) is hidden, or the system's."""
     return name.startswith(".") or name.lower() in COMPANIONS
 
 
 def is_data(member: str) -> bool:
-    """Whether nothing on a path within an archive is hidden or the system's."""
+    """Tell whether nothing on a path within an archive is hidden or the system's."""
     return not any(is_companion(part) for part in PurePosixPath(member).parts if part != "..")
 
 
 def type_of(name: str) -> str:
-    """How the name of a file ends, if that tells a type: ``.txt``."""
+    """Tell a file's type by its name: ``.txt``, or ``without a type``."""
     ending = os.path.splitext(name)[1].lower()
     told = ending[1:].isalnum() and ending.isascii() and not ending[1:].isdecimal() and len(ending) <= LONGEST_ENDING
     return ending if told else "without a type"
 
 
 def fewer_kinds(left_out: Counter[str]) -> dict[str, int]:
-    """The most frequent kinds of files that are left out; the rare ones as one."""
+    """Keep the most frequent kinds of files that are left out, and count the rare ones as one."""
     kept = dict(sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:KINDS_KEPT])
     if rest := left_out.total() - sum(kept.values()):
         kept["of other types"] = rest
@@ -93,7 +94,7 @@ def fewer_kinds(left_out: Counter[str]) -> dict[str, int]:
 
 
 def describe_kinds(left_out: dict[str, int]) -> str:
-    """``2 .txt, 1 .heic``."""
+    """Say how many there are of each kind: ``2 .txt, 1 .heic``."""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count:,} {kind}" for kind, count in ranked[:KINDS_SHOWN]]
     if rest := sum(count for _, count in ranked[KINDS_SHOWN:]):
@@ -101,8 +102,8 @@ def describe_kinds(left_out: dict[str, int]) -> str:
     return ", ".join(parts)
 
 
-def describe_left_out(indexes: Mapping) -> str:
-    """One line about the files that the index of each split leaves out; empty where there are none."""
+def describe_left_out(indexes: Mapping[str, Index | None]) -> str:
+    """Say in one line which files the index of each split leaves out; empty where there are none."""
     told = {split: index.left_out for split, index in indexes.items() if index is not None and index.left_out}
     total = sum(sum(left_out.values()) for left_out in told.values())
     if not total:
@@ -160,7 +161,7 @@ def find_images(folder: Path, above: Ids | None = None) -> Found:
 
 
 def list_folder(folder: Path, above: Ids) -> Entries:
-    """What is in a folder, without hidden things and companions; ``above`` are the folders that it lies in.
+    """List a folder without hidden things and companions; ``above`` are the folders that it lies in.
 
     Raises:
         UserError: as :func:`find_images`.
@@ -188,7 +189,7 @@ def list_folder(folder: Path, above: Ids) -> Entries:
 
 
 def folders_above(folder: Path) -> Ids:
-    """The folders that a folder lies in, up to the root."""
+    """Find the folders that a folder lies in, up to the root."""
     try:
         return frozenset(map(_id_of, Path(os.path.realpath(folder)).parents))
     except OSError as error:
@@ -206,7 +207,7 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """What a file mode says, in words: ``a FIFO``; empty for a regular file, or where it says nothing."""
+    """Put a file mode into words: ``a FIFO``; empty for a regular file, or where it says nothing."""
     return _KINDS.get(stat.S_IFMT(mode), "")
 
 

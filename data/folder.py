@@ -27,12 +27,12 @@ class FileIndex(ImageIndex):
         self._folders = self.classes  # whatever the classes are called later
 
     def name_in_class(self, i: int) -> str:
-        """The path of image ``i`` from its class's folder."""
+        """Give the path of image ``i`` from its class's folder."""
         names, ends = self.arrays["names"], self.arrays["ends"]
         return os.fsdecode(names[ends[i - 1] if i else 0 : ends[i]].tobytes())
 
     def path(self, i: int) -> Path:
-        """The file of image ``i``."""
+        """Give the path of image ``i``."""
         return self.root / self.archives[0] / self._folders[self.arrays["labels"][i]] / self.name_in_class(i)
 
     def read(self, i: int) -> bytes:
@@ -87,7 +87,7 @@ class FolderLayout(Layout):
 
 
 def _class_names(folder: Path, inside: Entries) -> list[str]:
-    """The class folders in ``folder``, sorted."""
+    """Sort the class folders in ``folder``."""
     if not inside.folders:
         raise UserError(f"{folder} has no class folders; expected {folder}/CLASS/*.jpg (see docs/data.md)")
     return sorted(inside.folders)

@@ -13,6 +13,7 @@ from data.files import check_is_file, is_image
 from data.index import Layout, Scan
 from data.tar import TarIndex, members_once, open_tar
 from utils.errors import UserError
+from utils.files import reason_of
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar")
@@ -82,7 +83,7 @@ class OfficialValLayout(Layout):
 
 
 def read_devkit(root: Path) -> tuple[dict[int, str], list[int], Path]:
-    """WordNet ids by ILSVRC2012_ID, the ILSVRC2012_ID of each validation image, and the devkit's path.
+    """Read WordNet ids by ILSVRC2012_ID, the ILSVRC2012_ID of each validation image, and the devkit's path.
 
     The ids number the classes in another order than the one that all trained models use, which is that of the sorted
     WordNet ids.
@@ -115,6 +116,6 @@ def read_devkit(root: Path) -> tuple[dict[int, str], list[int], Path]:
         if unknown := set(truth) - set(wordnet_ids):
             raise ValueError(f"its ground truth names a class {min(unknown)} that meta.mat does not have")
     except Exception as error:  # three modules that fail in arbitrary ways on arbitrary bytes
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0].rstrip(":") or type(error).__name__
-        raise UserError(f"{path} cannot be used: {reason}; get the devkit of ILSVRC2012 (t12) again") from error
+        reason = f"{reason_of(error).rstrip(':')}; get the devkit of ILSVRC2012 (t12) again"
+        raise UserError(f"{path} cannot be used: {reason}") from error
     return wordnet_ids, truth, path

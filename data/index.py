@@ -13,17 +13,17 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from utils.errors import UserError
-from utils.files import temporary_name
+from utils.files import reason_of, temporary_name
 
 VERSION = "crossformer-trainer index 2"
 SECONDS_WITHOUT_A_WORD = 2
@@ -31,11 +31,34 @@ RACY_SECONDS = 2
 """Within so short a time a file system may give two states of a folder the same date."""
 
 
+class Index(Protocol):
+    """Which images there are; ``index[i]`` is what a task makes a sample of, as the bytes of a file and a class.
+
+    Attributes:
+        root: the folder of the data.
+        left_out: how many files of each kind lie in the data and are not used.
+    """
+
+    root: Path
+    left_out: Mapping[str, int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Any: ...
+
+    def name(self, i: int) -> str:
+        """Say where image ``i`` is, for people: a path, or the archive and the name in it."""
+
+
 class Scan(NamedTuple):
     """What a layout has found out about its images.
 
-    ``arrays`` are what the index's class takes; ``sources`` are the files and folders whose change makes it stale;
-    ``left_out`` is how many files of each kind are not used.
+    Attributes:
+        classes: class names, in the order of the classes' numbers.
+        arrays: what the layout's kind of index knows of the images, ``labels`` among them.
+        archives: the files that hold the images (or the folder that does), relative to the layout's root.
+        sources: the files and folders whose change makes all this stale.
+        left_out: how many files of each kind are not used.
     """
 
     classes: list[str]
@@ -48,6 +71,8 @@ class Scan(NamedTuple):
 class ImageIndex(ABC):
     """Images in the order of their class and name: ``index[i]`` is the bytes of a file and the class.
 
+    It never changes: what numbers or names the classes otherwise gives a copy, which shares the mapped arrays.
+
     Attributes:
         root: the folder that relative paths start from.
         classes: class names; an image's class is an index into them.
@@ -56,10 +81,10 @@ class ImageIndex(ABC):
         arrays: all that is known of the images, ``labels`` included.
         file: where it is kept.
         left_out: how many files of each kind lie in the data and are not used.
-        checksum: of all this.
+        checksum: of what the file holds.
     """
 
-    left_out: dict[str, int]
+    left_out: Mapping[str, int]
     checksum: str
 
     def __init__(self, root: Path, classes: list[str], arrays: dict[str, np.ndarray], archives: list[str], file: Path):
@@ -78,39 +103,54 @@ class ImageIndex(ABC):
 
     @abstractmethod
     def read(self, i: int) -> bytes:
-        """The bytes of image ``i``.
+        """Read the bytes of image ``i``.
 
         Raises:
             OSError: its file cannot be opened or read.
+            ValueError: they are too many for an image, or damaged.
             UserError: its archive does not fit the index.
         """
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """Where image ``i`` is, for people: a path, or the archive and the name in it."""
+        """Say where image ``i`` is, for people: a path, or the archive and the name in it."""
 
-    def rename_classes(self, names: list[str]) -> "ImageIndex":
-        """The same images and classes, the latter by other names."""
-        self.classes = names
-        return self
+    def read_ahead(self, part: int, parts: int) -> int:
+        """Read share ``part`` of ``parts`` of the data, so that it is in memory later; returns how many bytes that are.
 
-    def with_classes(self, classes: list[str]) -> "ImageIndex":
-        """The same images, their classes numbered as in ``classes``.
+        They stay in the system's cache, which all processes of a host share, as long as there is memory for them.
 
         Raises:
-            UserError: one of the classes is not among them.
+            OSError: a file cannot be opened or read.
         """
-        if classes != self.classes:
-            number = {name: i for i, name in enumerate(classes)}
-            for name in np.unique(self.labels):
-                if self.classes[name] not in number:
-                    raise UserError(
-                        f"class {self.classes[name]!r} of {self.name(int((self.labels == name).argmax()))} is not one "
-                        f"of the {len(classes)} classes of the training data; remove it or add it there"
-                    )
-            renumbered = np.array([number.get(name, -1) for name in self.classes], dtype=np.int32)
-            self.labels, self.classes = renumbered[self.labels], classes
-        return self
+        return sum(len(self.read(i)) for i in range(part, len(self), parts))
+
+    def rename_classes(self, names: list[str]) -> Self:
+        """Copy the index, its classes called ``names``."""
+        return self._copy(names, self.labels)
+
+    def with_classes(self, classes: list[str]) -> Self:
+        """Copy the index, its classes numbered as in ``classes``.
+
+        Raises:
+            UserError: one of its classes is not among them.
+        """
+        if classes == self.classes:
+            return self
+        number = {name: i for i, name in enumerate(classes)}
+        for label in np.unique(self.labels):
+            if self.classes[label] not in number:
+                raise UserError(
+                    f"class {self.classes[label]!r} of {self.name(int((self.labels == label).argmax()))} is not one "
+                    f"of the {len(classes)} classes of the training data; remove it or add it there"
+                )
+        renumbered = np.array([number.get(name, -1) for name in self.classes], dtype=np.int32)
+        return self._copy(classes, renumbered[self.labels])
+
+    def _copy(self, classes: list[str], labels: np.ndarray) -> Self:
+        copy = object.__new__(type(self))
+        copy.__dict__ |= self.__dict__ | {"classes": classes, "labels": labels}
+        return copy
 
 
 class Layout(ABC):
@@ -137,14 +177,14 @@ class Layout(ABC):
         """
 
     def classes(self, cache_dir: str) -> list[str]:
-        """The names of the classes."""
+        """Name the classes, which is often possible without a scan."""
         return open_index(self, cache_dir).classes
 
 
 def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
-    """The index of a layout: the one that is kept when the data has not changed since, else a new one.
+    """Open the index of a layout: the one that is kept if the data has not changed since, else a new one.
 
-    It is kept in ``layout.root``, or in ``cache_dir`` where that cannot be written.
+    It is kept in ``layout.root``; where that cannot be written, in ``cache_dir`` (empty for the user's own).
 
     Raises:
         UserError: from the scan, or neither place can be written.
@@ -161,7 +201,7 @@ def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
 
 
 def order(names: list[bytes], labels: np.ndarray) -> np.ndarray:
-    """The permutation that sorts images by class, then by name: the same for every layout of the same images."""
+    """Give the permutation that sorts images by class, then by name: the same for every layout of the same images."""
     return np.lexsort((np.array(names, dtype=bytes), labels))
 
 
@@ -190,7 +230,7 @@ def _build(layout: Layout, files: list[Path]) -> ImageIndex:
             temporary.chmod(0o644)  # whoever can read the data
             os.replace(temporary, file)
         except (OSError, SafetensorError) as error:
-            problems.append(f"{file.parent}: {getattr(error, 'strerror', None) or error}")
+            problems.append(f"{file.parent}: {reason_of(error)}")
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         else:
@@ -222,7 +262,7 @@ def _checksum(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
 def _load(
     index_class: type[ImageIndex], root: Path, file: Path, checksum: str | None = None
 ) -> tuple[ImageIndex, dict[str, str]]:
-    """The index in a file, and what is written beside it; with a ``checksum`` that has been verified, this one.
+    """Load the index in a file, and what is written beside it; with a ``checksum`` that has been verified, this one.
 
     Raises:
         OSError: there is none.
@@ -258,12 +298,11 @@ def _reopen(
         index = _load(index_class, root, file, checksum)[0]
     except (OSError, ValueError) as error:
         raise UserError(f"the index {file} was changed during the run; start again") from error
-    index.classes, index.labels = classes, index.labels if labels is None else labels
-    return index
+    return index._copy(classes, index.labels if labels is None else labels)
 
 
 def _kept(layout: Layout, files: list[Path]) -> tuple[ImageIndex | None, list[str]]:
-    """The first index in ``files`` that is of the data as it is, if any; and a line for each that cannot be used."""
+    """Load the first index in ``files`` that is of the data as it is, if any; and say of each why it cannot be used."""
     unusable = []
     for file in files:
         try:
@@ -279,7 +318,7 @@ def _kept(layout: Layout, files: list[Path]) -> tuple[ImageIndex | None, list[st
 
 
 def _is_fresh(layout: Layout, index: ImageIndex, metadata: dict[str, str]) -> bool:
-    """Whether the data has not changed since it was indexed."""
+    """Tell whether the data has not changed since it was indexed."""
     sources = json.loads(metadata["sources"])
     newest = max((stamp[1] for stamp in sources if stamp[1] < 1e9 * time.time()), default=0) / 1e9
     if newest > float(metadata["began"]) - RACY_SECONDS:
@@ -290,7 +329,7 @@ def _is_fresh(layout: Layout, index: ImageIndex, metadata: dict[str, str]) -> bo
 
 
 def _stamp(path: Path, root: Path) -> list:
-    """What changes when a file, or the list of files in a folder, does; or when one appears that was not there."""
+    """Note what changes when a file, or the list of files in a folder, does; or when one appears that was not there."""
     try:
         status = path.stat()
     except OSError:

@@ -18,7 +18,7 @@ SPLITS = {"train": ("train",), "val": ("val", "validation")}
 
 
 def find_layout(root: Path, split: str, layout: str) -> Layout | None:
-    """How ``split`` (train or val) of the data in ``root`` is kept, or None where nothing of it is there.
+    """Find out how ``split`` (train or val) of the data in ``root`` is kept; None where nothing of it is there.
 
     Args:
         layout: ``auto`` takes the first of ``folder``, ``zip``, ``imagenet`` and ``tar`` that is there.
@@ -35,7 +35,7 @@ def find_layout(root: Path, split: str, layout: str) -> Layout | None:
 
 
 def missing(root: Path, split: str, layout: str) -> UserError:
-    """There is no such split."""
+    """Say that there is no such split."""
     names = LAYOUTS if layout == "auto" else [layout]
     expected = ", ".join(EXPECTED[name].format(split=split) for name in names)
     return UserError(f"DATA.DATA_PATH {root} has no folder '{split}'; expected {expected} in it (see docs/data.md)")
@@ -87,7 +87,7 @@ def _tars(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> li
 
 
 def _words(name: str) -> list[str]:
-    """``imagenet1k-train-0001.tar`` to imagenet1k, train, tar."""
+    """Split ``imagenet1k-train-0001.tar`` into imagenet1k, train, tar."""
     return re.split(r"[-_.{}0-9]+", name)
 
 

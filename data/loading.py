@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from data.augmentation import DeviceStage
 from data.dataset import BatchDataset, HostBatch, ImageDataset
-from data.on_device import DeviceStage
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, Key, TrainBatches
 from utils.distributed import count_over_ranks
@@ -30,9 +30,12 @@ BATCHES_IN_USE = 2
 
 
 class Batch(NamedTuple):
-    """Images ``(B, 3, H, W)`` float and targets ``(B, ...)`` on the device.
+    """What a task gets of a loader.
 
-    ``numbers`` ``(B,)`` int64 on the host are the places of the images in the index.
+    Attributes:
+        images: ``(B, 3, H, W)`` float, channels last, on the device.
+        targets: ``(B, ...)`` on the device: the samples' targets.
+        numbers: ``(B,)`` int64 on the host: the places of the images in the index.
     """
 
     images: Tensor
@@ -66,7 +69,7 @@ def _start_worker(worker: int) -> None:
 
 
 def stop_on_bad_image(line: str) -> None:
-    """What to do with a file that cannot be decoded unless told otherwise."""
+    """Raise an error about an image that cannot be decoded: what a loader does unless told otherwise."""
     raise UserError(f"image {line}; remove or mend it, or go on without it: --opts DATA.ON_BAD_IMAGE skip")
 
 
@@ -75,7 +78,7 @@ _workers: "weakref.WeakSet[multiprocessing.Process]" = weakref.WeakSet()
 
 
 def _end_workers() -> None:
-    """At the end of a process that has left a loader unfinished. Later multiprocessing would ask them and wait."""
+    """End the workers of loaders that were left unfinished: later multiprocessing would ask them to end, and wait."""
     for worker in _workers:
         if worker.is_alive():
             worker.kill()
@@ -86,7 +89,11 @@ atexit.register(_end_workers)
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """torch raises an error of its own in the main process, wherever that is, when a loader process has died."""
+    """Name a loader process that has died: torch raises an error in the main process then, wherever that is.
+
+    Raises:
+        UserError: instead of torch's error.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -110,6 +117,10 @@ class _Loader:
         size: height and width of every image.
         stage: makes float images on its ``device`` of uint8 images and their plans.
         on_bad_image: is given a line for each image that cannot be decoded.
+
+    Attributes:
+        skipped: how many images could not be decoded so far.
+        looked_at, turned: how many images of the first epoch there were, and how many of them EXIF says are turned.
     """
 
     def __init__(
@@ -127,7 +138,7 @@ class _Loader:
         self.stage = stage
         self.on_bad_image = on_bad_image
         self.skipped = 0
-        self.looked_at = self.turned = 0  # images of the first epoch, and those of them that EXIF says are turned
+        self.looked_at = self.turned = 0
         self.num_workers = num_workers
 
     @property
@@ -137,8 +148,8 @@ class _Loader:
     def __iter__(self) -> Iterator[Batch]:
         return _one_ahead(self._sound_batches(), self._to_device, self.device)
 
-    def host_batches(self) -> Iterator[HostBatch]:
-        """What the workers make of the files. The images of a batch are valid until the next but one is asked for."""
+    def _host_batches(self) -> Iterator[HostBatch]:
+        """Start the workers and yield what they send. Images are valid until the next batch but one is asked for."""
         forks = self.num_workers > 0 and sys.platform == "linux"
         ring = None
         if forks:
@@ -163,7 +174,7 @@ class _Loader:
             yield replace(batch, images=images, targets=torch.as_tensor(batch.targets))
 
     def _sound_batches(self) -> Iterator[HostBatch]:
-        for batch in self.host_batches():
+        for batch in self._host_batches():
             for line in batch.bad:
                 self.on_bad_image(line)
                 self.skipped += 1
@@ -175,14 +186,13 @@ class _Loader:
                 yield batch
 
     def _to_device(self, batch: HostBatch) -> Batch:
-        targets = batch.targets.pin_memory() if self.device.type == "cuda" else batch.targets
-        targets = targets.to(self.device, non_blocking=True)
+        targets = batch.targets.to(self.device, non_blocking=True)
         return Batch(self.stage(batch.images, batch.plans), targets, torch.tensor(batch.numbers))
 
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all loaders: memory that was freed on one stream is of no use to another."""
+    """Give the one stream of all loaders: memory that was freed on one stream is of no use to another."""
     return torch.cuda.Stream(device)
 
 
@@ -216,7 +226,7 @@ def _handed_over(batch: Batch, event: torch.cuda.Event) -> Batch:
 
 
 class TrainLoader(_Loader):
-    """The micro-batches of this rank. One pass over :meth:`micro_batches` lasts the whole run."""
+    """Yields the micro-batches of this rank. One pass over :meth:`micro_batches` lasts the whole run."""
 
     batches: TrainBatches
 
@@ -229,13 +239,13 @@ class TrainLoader(_Loader):
         return self.batches.global_batch
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
+        """Yield ``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
         self.batches.first_step, self.batches.last_step = first_step, last_step
         return iter(self)
 
 
 class EvalLoader(_Loader):
-    """Every image once over all ranks."""
+    """Yields every image once over all ranks."""
 
     batches: EvalBatches
 

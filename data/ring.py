@@ -42,9 +42,9 @@ class Slot(NamedTuple):
     count: int
 
     def images(self) -> Tensor:
-        """A view ``(B, 3, H, W)``, channels last, valid until the ring comes round to this block again."""
+        """View the images ``(B, 3, H, W)``, channels last, valid until the ring comes round to this block again."""
         return Ring._all[self.ring].blocks[self.block, : self.count].permute(0, 3, 1, 2)
 
     def pin_memory(self) -> Tensor:
-        """A page-locked copy; the loader's thread for that calls this."""
+        """Copy the images into page-locked memory."""
         return self.images().pin_memory()

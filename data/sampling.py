@@ -12,7 +12,7 @@ Key = tuple[int, int]
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of the data set in ``epoch``, a permutation of ``range(size)``.
+    """Derive the order of the data set in ``epoch``, a permutation of ``range(size)``.
 
     numpy keeps the stream of this older generator the same in all versions.
     """
@@ -49,7 +49,7 @@ class TrainBatches(Sampler[list[Key]]):
                 yield [(epoch, i) for i in micro_batch.tolist()]
 
     def global_batch_of(self, step: int) -> list[Key]:
-        """What all ranks together take in ``step``."""
+        """List what all ranks together take in ``step``."""
         epoch, steps_into_epoch = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.seed, epoch, self.size)
         start = steps_into_epoch * self.global_batch

@@ -40,14 +40,14 @@ class TarIndex(ArchiveIndex):
 
 
 def _size(header: bytes) -> int:
-    """The length that a member's header states."""
+    """Take from a member's header the length that it states."""
     try:
         return tarfile.nti(header[124:136])
     except tarfile.HeaderError:
         return -1
 
 
-class Sample(NamedTuple):
+class TarredImage(NamedTuple):
     """An image in a tar: where its bytes are, and the class that a file beside it states, if one does."""
 
     name: str
@@ -68,7 +68,7 @@ class TarLayout(Layout):
         members = Members(self.root, self.archives)
         labelled = unlabelled = ""  # the first image of each kind
         for number, path in enumerate(self.archives):
-            for image in read_samples(path, members.left_out):
+            for image in read_images(path, members.left_out):
                 if image.label:
                     labelled = labelled or f"{path}:{image.name}"
                 else:
@@ -91,7 +91,7 @@ class TarLayout(Layout):
         return members.scan(classes, *self._folder_of_shards(members.left_out))
 
     def _folder_of_shards(self, left_out: Counter[str]) -> list[Path]:
-        """The folder that only has this split's shards, if there is one; what else lies in it is counted."""
+        """Find the folder that only has this split's shards, if there is one, and count what else lies in it."""
         folder = self.archives[0].parent
         if folder == self.root:
             return []
@@ -103,8 +103,8 @@ class TarLayout(Layout):
         return [folder]
 
 
-def read_samples(path: Path, left_out: Counter[str]) -> list[Sample]:
-    """The images of a tar in their order, each with its label where the tar has labels.
+def read_images(path: Path, left_out: Counter[str]) -> list[TarredImage]:
+    """List the images of a tar in their order, each with its label where the tar has labels.
 
     The label of ``photo.000.jpg`` is in ``photo.000.cls``, or in ``photo.cls``: WebDataset takes a name up to its first
     dot as the key that a sample's files share, others the name up to its last. The longest key that fits counts, and
@@ -125,7 +125,7 @@ def read_samples(path: Path, left_out: Counter[str]) -> list[Sample]:
                 raise UserError(f"{path} holds two labels of one image, {labels[key][0]} and {name}; remove one")
             labels[key] = name, _class_number(file, member, path)
     image_of: dict[str, str] = {}
-    samples = []
+    found = []
     for name, (offset, length) in images.items():
         key = next((key for key in _keys(name) if key in labels), None)
         if key is not None and image_of.setdefault(key, name) != name:
@@ -133,20 +133,20 @@ def read_samples(path: Path, left_out: Counter[str]) -> list[Sample]:
                 f"{path} holds two images of the one label {labels[key][0]}, {image_of[key]} and {name}; "
                 "a sample is one image and one label"
             )
-        samples.append(Sample(name, offset, length, labels[key][1] if key is not None else ""))
+        found.append(TarredImage(name, offset, length, labels[key][1] if key is not None else ""))
     for key, (name, _) in labels.items():
         if key not in image_of:
             raise UserError(f"{path} holds a label without an image, {name}; add the image or remove the label")
-    return samples
+    return found
 
 
 def _stem(name: str) -> str:
-    """The name without its last ending."""
+    """Cut the last ending off a name."""
     return os.path.splitext(name)[0]
 
 
 def _keys(name: str) -> Iterator[str]:
-    """What the label of an image may be called, its ending left out: ``a/b.0`` and ``a/b`` for ``a/b.0.jpg``."""
+    """Say what the label of an image may be called, without its ending: ``a/b.0`` and ``a/b`` for ``a/b.0.jpg``."""
     shorter = _stem(name)
     while shorter != name:
         yield shorter
@@ -158,7 +158,7 @@ def _is_label(name: str) -> bool:
 
 
 def open_tar(path: Path) -> BinaryIO:
-    """The file, after a look at whether it can be an uncompressed tar."""
+    """Open the file, after a look at whether it can be an uncompressed tar."""
     check_is_file(path)
     try:
         file = open(path, "rb")
@@ -179,7 +179,7 @@ def members_once(
     start: int = 0,
     end: int | None = None,
 ) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Name and member of what is ``wanted`` in a tar (as :func:`read_members`); the others are counted.
+    """Yield name and member of what is ``wanted`` in a tar (as :func:`read_members`), and count the others.
 
     Raises:
         UserError: a name is there twice, as after ``tar --update``: which of them is meant, nobody knows.
@@ -199,7 +199,7 @@ def members_once(
 
 
 def read_members(file: BinaryIO, path: Path, start: int = 0, end: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The regular files in the tar, or the tars joined with ``cat``, in ``file`` from byte ``start`` to ``end``.
+    """Yield the regular files in the tar, or tars joined with ``cat``, in bytes ``start`` to ``end`` of ``file``.
 
     Hidden files and companions are passed over.
 
@@ -215,7 +215,7 @@ def read_members(file: BinaryIO, path: Path, start: int = 0, end: int | None = N
 
 
 def _read_to_end_mark(file: BinaryIO, path: Path, start: int, end: int) -> Generator[tarfile.TarInfo, None, int]:
-    """Yields the files, and returns where the end mark is."""
+    """Yield the files, and return where the end mark is."""
     file.seek(start)
     tar, position = None, start
 
@@ -246,7 +246,7 @@ def _read_to_end_mark(file: BinaryIO, path: Path, start: int, end: int) -> Gener
 
 
 def _after_zeros(file: BinaryIO, position: int, end: int) -> int:
-    """Where the first block from ``position`` on is that is not all zeros; ``end`` if there is none."""
+    """Find the first block from ``position`` on that is not all zeros; ``end`` if there is none."""
     while position < end:
         file.seek(position)
         chunk = file.read(min(CHUNK, end - position))
@@ -257,7 +257,7 @@ def _after_zeros(file: BinaryIO, position: int, end: int) -> int:
 
 
 def _is_file(member: tarfile.TarInfo, path: Path) -> bool:
-    """Whether it is a regular file; False for a folder and other things that hold no data."""
+    """Tell whether it is a regular file; False for a folder and other things that hold no data."""
     if member.isdir() or member.type in (VOLUME_LABEL, FOLDER_DUMP):
         return False
     if member.issym() or member.islnk():
@@ -273,7 +273,7 @@ def _is_file(member: tarfile.TarInfo, path: Path) -> bool:
 
 
 def _wordnet_id(path: Path) -> str:
-    """The class of a tar that came out of the official archive, which holds one for each class."""
+    """Take the class from the name of a tar out of the official archive, which holds one for each class."""
     return path.stem if re.fullmatch(r"n\d{8}", path.stem) else ""
 
 

@@ -10,6 +10,7 @@ from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name
 from data.files import MAX_IMAGE_BYTES, check_is_file, is_data, is_image, kind_of, type_of
 from data.index import Layout, Scan
 from utils.errors import UserError
+from utils.files import reason_of
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # APPNOTE 4.3.7
 SIGNATURE = b"PK\x03\x04"
@@ -43,7 +44,7 @@ class ZipIndex(ArchiveIndex):
         return data[LOCAL_HEADER.size :][:name_length].decode("utf-8", "replace")
 
     def _header(self, i: int, data: bytes) -> tuple[int, int, int]:
-        """Compression method, length of the name and of the extra fields."""
+        """Take from the local header the compression method, and the lengths of the name and of the extra fields."""
         if len(data) < LOCAL_HEADER.size:
             raise self.misfit(i)
         signature, _, _, method, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(data)
@@ -88,7 +89,11 @@ class ZipLayout(Layout):
 
 
 def read_directory(archive: Path) -> dict[str, list[zipfile.ZipInfo]]:
-    """The members of a zip file by their names, of which each should have one."""
+    """Read the members of a zip file, by their names; of each name there should be one.
+
+    Raises:
+        UserError: it is damaged or no zip file.
+    """
     check_is_file(archive)
     content: dict[str, list[zipfile.ZipInfo]] = {}
     try:
@@ -96,13 +101,13 @@ def read_directory(archive: Path) -> dict[str, list[zipfile.ZipInfo]]:
             for info in zipped.infolist():
                 content.setdefault(info.filename, []).append(info)
     except Exception as error:  # the module fails in arbitrary ways on arbitrary bytes
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{archive} cannot be read: {reason}; it is damaged or no zip file: get it again") from error
+        reason = f"{reason_of(error)}; it is damaged or no zip file: get it again"
+        raise UserError(f"{archive} cannot be read: {reason}") from error
     return content
 
 
 def _the_one_file(archive: Path, members: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
-    """The member of a name, which must be one regular file that can be read at its place."""
+    """Take the member of a name, which must be one regular file that can be read at its place."""
     info = members[0]
     if len(members) > 1:
         offsets = " and ".join(f"{member.header_offset:,}" for member in members[:2])
@@ -116,7 +121,7 @@ def _the_one_file(archive: Path, members: list[zipfile.ZipInfo]) -> zipfile.ZipI
 
 
 def read_map(path: Path) -> list[tuple[int, str, int]]:
-    """The lines of a map file: number of the line, path in the archive, number of the class.
+    """Read the lines of a map file: number of the line, path in the archive, number of the class.
 
     A byte order mark and blank lines say nothing. Lines end with ``\n`` or ``\r\n``: what else Python takes for the
     end of a line (U+2028, say) may be in a name.
@@ -143,9 +148,9 @@ def read_map(path: Path) -> list[tuple[int, str, int]]:
 
 
 def class_names(*map_files: Path) -> list[str]:
-    """The folders of the images in the order of their class numbers.
+    """Name the classes that map files number: by the folders of their images, in the order of the numbers.
 
-    Where the last file (that of the training images) does not give each number one folder of its own, the numbers.
+    Where the last file (that of the training images) does not give each number one folder of its own, by the numbers.
     """
     entries = [read_map(path) for path in map_files]
     folder_of: dict[int, str] = {}

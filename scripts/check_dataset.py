@@ -37,16 +37,22 @@ from torchvision.transforms.v2.functional import to_pil_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import build_config
-from data import build_mixing
-from data.build import Images, augments_on_device, build_decoding, build_train_stage, open_images
+from data.augmentation import (
+    augments_on_device,
+    build_eval_transform,
+    build_mixing,
+    build_train_stage,
+    build_train_transform,
+)
+from data.augmentation.transforms import TrainTransform
+from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset
-from data.decoding import Decoding, decode, decode_with_orientation, is_deep_grey, open_picture
+from data.decoding import Decoding, build_decoding, decode, decode_with_orientation, is_deep_grey, open_picture
 from data.files import describe_left_out
-from data.index import open_index
+from data.index import Index, open_index
 from data.layouts import find_layout
 from data.loading import TrainLoader
 from data.sampling import epoch_order
-from data.transforms import TrainTransform, build_eval_transform, build_train_transform
 from utils.errors import Parser, UserError, say_error
 from utils.image_size import height_and_width
 from utils.names import drawable, font_file, printable
@@ -115,7 +121,7 @@ class Part(NamedTuple):
 class Checked:
     """A split, and the same of all its images."""
 
-    images: Images
+    images: Index
     records: np.ndarray
     reasons: dict[int, str]
     colours: np.ndarray
@@ -147,7 +153,7 @@ class Checked:
 # ---- Looking at images, in many processes
 
 
-def check_split(images: Images, decoding: Decoding, workers: int, title: str, console: Console) -> Checked:
+def check_split(images: Index, decoding: Decoding, workers: int, title: str, console: Console) -> Checked:
     """Decode all images.
 
     Raises:
@@ -174,7 +180,7 @@ def check_split(images: Images, decoding: Decoding, workers: int, title: str, co
     )
 
 
-def start_worker(images: Images, decoding: Decoding, stride: int) -> None:
+def start_worker(images: Index, decoding: Decoding, stride: int) -> None:
     global _images, _decoding, _stride
     _images, _decoding, _stride = images, decoding, stride
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
@@ -196,7 +202,7 @@ def check_chunk(chunk: range) -> Part:
     return Part(records, reasons, np.array(colours).reshape(-1, 2, 3))
 
 
-def examine(images: Images, i: int, record: np.void, decoding: Decoding) -> tuple[Tensor | None, str, str]:
+def examine(images: Index, i: int, record: np.void, decoding: Decoding) -> tuple[Tensor | None, str, str]:
     """Fill in the record of image ``i``; returns its pixels, or the kind of fault that it has and the reason."""
     try:
         record["label"] = -1
@@ -648,7 +654,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
-def open_splits(config) -> tuple[dict[str, Images], list[str]]:
+def open_splits(config) -> tuple[dict[str, Index], list[str]]:
     """Those of train and val that are there, and the names of the classes."""
     root, layout = Path(config.DATA.DATA_PATH), config.DATA.FORMAT
     there = ["train", "val"]

@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import build_config
 from data.archive import ArchiveIndex, class_and_name
-from data.build import Images, build_decoding, open_images
-from data.decoding import ORIENTATION, Decoding, decode_with_orientation, jpeg_size, tensor_to_pil
+from data.build import open_images
+from data.decoding import ORIENTATION, Decoding, build_decoding, decode_with_orientation, jpeg_size, tensor_to_pil
 from data.files import describe_left_out, is_companion, is_image
 from data.folder import FileIndex
+from data.index import Index
 from data.sampling import epoch_order
 from utils.errors import Parser, UserError, say_error
 from utils.names import printable
@@ -102,7 +103,7 @@ class Split(NamedTuple):
     """A part of the source, and the folder that each class gets in OUT."""
 
     name: str
-    images: Images
+    images: Index
     folders: list[str]
 
 
@@ -328,7 +329,7 @@ def shrunk(data: bytes | Image.Image, short_side: int, quality: int, decoding: D
     return file.getvalue()
 
 
-def name_in_class(images: Images, i: int) -> str:
+def name_in_class(images: Index, i: int) -> str:
     """The name that sorts image ``i`` within its class; no two images of a class have the same."""
     if isinstance(images, FileIndex):
         name = "".join(letter if letter.isprintable() else "?" for letter in images.name_in_class(i))

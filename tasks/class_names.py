@@ -5,8 +5,7 @@ import os
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from data.build import Images
-from data.index import ImageIndex
+from data.index import ImageIndex, Index
 from models.weights import classes_in
 from utils.errors import UserError
 from utils.fields import dict_in, facts_of
@@ -63,8 +62,8 @@ def as_ids(names: list[str]) -> list[str] | None:
 
 
 def number_as_the_model(
-    index: Images, classes: list[str], content: dict, weights: dict[str, Tensor], name: str, path: str
-) -> tuple[Images, list[str], set[str]]:
+    index: Index, classes: list[str], content: dict, weights: dict[str, Tensor], name: str, path: str
+) -> tuple[Index, list[str], set[str]]:
     """Number the data's ``classes`` like the model ``name`` where it has only some of its classes, or in disorder.
 
     So a model of ImageNet's 1,000 classes is evaluated on ImageNet-A and -R, which have 200 of them, and on
@@ -82,19 +81,16 @@ def number_as_the_model(
         return index, classes, set()
     if not isinstance(index, ImageIndex):  # where it does not name its classes, their numbers are the model's
         return index, known if index.classes is None else classes, set()
-    renamed, present = index, classes
+    present = classes
     if as_ids(known) == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
         known, present = IMAGENET, [IMAGENET[int(number)] for number in present]
-        renamed = index.rename_classes(present)
-        present = renamed.classes
     if not set(present) <= set(known):
         ids = as_ids(known), as_ids(present)
         if None in ids or not set(ids[1]) <= set(ids[0]):
-            return renamed, classes, set()
-        # Words in one place, WordNet ids in the other
-        known, renamed = ids[0], renamed.rename_classes(ids[1])
-        present = renamed.classes
+            return index, classes, set()
+        known, present = ids  # words in one place, WordNet ids in the other
     if len(set(known)) < len(known):
         twice = next(name for name in known if known.count(name) > 1)
         raise UserError(f"{path}: two of its classes are called {twice!r}, so that the data's cannot be told apart")
-    return renamed.with_classes(known), known, set(present) if len(present) < len(known) else set()
+    index = index.rename_classes(present).with_classes(known)
+    return index, known, set(present) if len(present) < len(known) else set()

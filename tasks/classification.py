@@ -11,22 +11,19 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import five_crop
 
-from data import build_mixing
-from data.build import (
-    Images,
+from data.augmentation import (
+    DeviceStage,
     augments_on_device,
-    build_decoding,
-    build_eval_loader,
-    build_train_loader,
+    build_eval_transform,
+    build_mixing,
     build_train_stage,
-    check_num_classes,
-    keep_in_memory,
-    open_images,
+    build_train_transform,
 )
+from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory, open_images
 from data.dataset import DecodeAndTransform
+from data.decoding import build_decoding
+from data.index import Index
 from data.loading import Batch, EvalLoader
-from data.on_device import DeviceStage
-from data.transforms import build_eval_transform, build_train_transform
 from models import build_model, load_weights
 from tasks import Loaders
 from tasks.class_names import as_ids, named_classes, number_as_the_model
@@ -104,7 +101,7 @@ class Classification:
             self._real = RealLabels(val, self.classes, self.device)
         return self._eval_loader(val), lines
 
-    def _eval_loader(self, index: Images) -> EvalLoader:
+    def _eval_loader(self, index: Index) -> EvalLoader:
         transform = build_eval_transform(self.config)
         sample = DecodeAndTransform(transform, build_decoding(self.config))
         stage = DeviceStage(self.device, self.config.DATA.MEAN, self.config.DATA.STD)

@@ -6,7 +6,7 @@ import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
-from data.build import Images
+from data.index import Index
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
 
@@ -18,7 +18,7 @@ class RealLabels:
     """Accuracy where any of an image's labels is right; an image without one does not count.
 
     Args:
-        images: validation images of ImageNet under their own file names, in any layout.
+        index: validation images of ImageNet under their own file names, in any layout.
         classes: of the model.
         device: where the answers are.
 
@@ -26,16 +26,16 @@ class RealLabels:
         UserError: the images or the classes are others.
     """
 
-    def __init__(self, images: Images, classes: list[str], device: torch.device):
+    def __init__(self, index: Index, classes: list[str], device: torch.device):
         labels = RealLabelsImagenet(range(IMAGES)).real_labels
         if len(classes) != ImageNetInfo("imagenet-1k").num_classes():
             raise UserError(f"TEST.REAL_LABELS is for the 1,000 classes of ImageNet; the model has {len(classes)}")
-        fits = torch.zeros(len(images), len(classes), dtype=torch.bool)
-        for i in range(len(images)):
-            found = re.search(r"ILSVRC2012_val_\d{8}", images.name(i))
+        fits = torch.zeros(len(index), len(classes), dtype=torch.bool)
+        for i in range(len(index)):
+            found = re.search(r"ILSVRC2012_val_\d{8}", index.name(i))
             if not found or (name := f"{found[0]}.JPEG") not in labels:
                 raise UserError(
-                    f"TEST.REAL_LABELS: {images.name(i)} is not a validation image of ImageNet, named "
+                    f"TEST.REAL_LABELS: {index.name(i)} is not a validation image of ImageNet, named "
                     "ILSVRC2012_val_00000001.JPEG to 00050000; leave it False for other data"
                 )
             fits[i, labels[name]] = True

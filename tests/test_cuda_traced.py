@@ -13,11 +13,10 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 
 from config import build_config
-from data import build_mixing
-from data.build import build_train_stage
+from data.augmentation import Plan, build_mixing, build_train_stage
+from data.augmentation.on_device import OPERATIONS
+from data.augmentation.policy import Operation, Patch
 from data.loading import Batch
-from data.on_device import OPERATIONS
-from data.policy import Operation, Patch, Plan
 from engine.ema import Ema
 from engine.evaluate import evaluate
 from engine.precision import Precision

@@ -15,14 +15,13 @@ from timm.data.auto_augment import RandAugment, rand_augment_ops
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from config import build_config
-from data import Sample, build_eval_loader, build_mixing, build_train_loader
+from data import Sample, build_eval_loader, build_train_loader
+from data.augmentation import DeviceStage, build_eval_transform, build_mixing, build_train_transform
 from data.dataset import DecodeAndTransform, ImageDataset, collate
-from data.decoding import decode, decode_fast, decode_with_pillow, pil_to_tensor
+from data.decoding import decode, decode_fast, open_picture, pil_to_tensor, to_rgb
 from data.folder import FileIndex, FolderLayout
 from data.index import open_index
-from data.on_device import DeviceStage
 from data.sampling import EvalBatches, TrainBatches, epoch_order
-from data.transforms import build_eval_transform, build_train_transform
 from tasks.classification import Classification
 from utils.errors import UserError
 from utils.randomness import derive_seed, seed_cpu
@@ -78,12 +77,17 @@ def save_odd_images(folder: Path) -> dict[str, str]:
     return {path.name: path for path in folder.iterdir()}
 
 
+def decode_with_pillow(data: bytes) -> torch.Tensor:
+    with open_picture(data) as picture:
+        return pil_to_tensor(to_rgb(picture))
+
+
 def test_odd_images_are_decoded(tmp_path):
     """Fault 12; and what the fast decoder reads has the pixels that Pillow gives."""
     for name, path in save_odd_images(tmp_path / "train" / "odd").items():
         image = decode(path.read_bytes())
         assert (image.shape, image.dtype) == ((3, 40, 50), torch.uint8), name
-        assert torch.equal(image, pil_to_tensor(decode_with_pillow(path.read_bytes()))), name
+        assert torch.equal(image, decode_with_pillow(path.read_bytes())), name
     sample = DecodeAndTransform(train_transform())
     dataset = ImageDataset(index_of(tmp_path / "train"), sample, seed=0, replace_bad=False)
     assert collate([dataset[0, i] for i in range(len(dataset))]).images.shape == (6, 3, 224, 224)
@@ -106,7 +110,7 @@ def test_all_decoders_give_the_same_pixels(tmp_path, options):
         picture = Image.fromarray(rng.randint(0, 256, (9, 11, 3), np.uint8)).resize((203, 157)).convert(mode)
         picture.save(tmp_path / "a.jpg", **options)
         data = (tmp_path / "a.jpg").read_bytes()
-        expected = pil_to_tensor(decode_with_pillow(data))
+        expected = decode_with_pillow(data)
         assert torch.equal(decode_fast(data), expected)
         assert torch.equal(read_with_torchvision(data), expected)
 
@@ -330,6 +334,17 @@ def test_a_file_that_cannot_be_opened_is_no_bad_image(digits, tmp_path):
     for batches in (loaders.train.micro_batches(0, 1), iter(loaders.val)):
         with pytest.raises(UserError, match="png: No such file or directory"):
             next(batches)
+
+
+def test_a_bug_in_a_sample_is_no_bad_image(digits):
+    """It must not be reported as a file to remove, nor every image be replaced for it."""
+
+    def sample(raw, look):
+        raise KeyError("a bug")
+
+    dataset = ImageDataset(index_of(digits / "train"), sample, seed=0, replace_bad=True)
+    with pytest.raises(KeyError, match="a bug"):
+        dataset[0, 0]
 
 
 def test_nothing_but_bad_images_ends_the_run(tmp_path):

@@ -6,12 +6,10 @@ import torch
 from conftest import TINY_RUN
 
 from config import build_config
+from data.augmentation import DeviceStage, Plan, build_eval_transform
 from data.decoding import decode
 from data.folder import FolderLayout
 from data.index import open_index
-from data.on_device import DeviceStage
-from data.policy import Plan
-from data.transforms import build_eval_transform
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from make_layouts import as_official, as_shards, as_webdataset, as_zip
 from PIL import Image
 
 from config import build_config
+from data.augmentation import Plan
 from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset, Item
 from data.folder import FolderLayout
 from data.index import open_index
-from data.policy import Plan
 from utils.errors import UserError
 
 SECONDS = 20

@@ -12,9 +12,7 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS
 from torch._dynamo.utils import counters
 
 from config import build_config
-from data.build import build_train_stage
-from data.policy import Plan
-from data.transforms import build_train_transform
+from data.augmentation import Plan, build_train_stage, build_train_transform
 from engine.model import begin_step
 from engine.train import train
 from tasks.classification import Classification

@@ -22,11 +22,10 @@ import data.index
 from config import build_config
 from data import fingerprint
 from data.archive import class_and_name
+from data.augmentation import build_train_transform
 from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset
 from data.imagenet import read_devkit
-from data.transforms import build_train_transform
-from data.warming import read_ahead
 from tasks.classification import Classification
 from utils.errors import UserError
 
@@ -170,7 +169,7 @@ def test_a_run_reads_what_the_flags_say(run_main, layouts):
 def test_reading_ahead_reads_everything_once(layouts, source):
     for name in ("folder", "zip", "shards"):
         index = open_images(config_of(layouts[name]), True)[0]
-        parts = [read_ahead(index, part, 3) for part in range(3)]
+        parts = [index.read_ahead(part, 3) for part in range(3)]
         files = (
             [index.root / archive for archive in index.archives] if name != "folder" else images_of(source / "train")
         )
@@ -546,3 +545,18 @@ def test_a_worker_of_another_start_method_maps_the_index_itself(layouts):
         sent = pickle.dumps(ImageDataset(train, sample, 0, False))
         assert len(sent) < 20_000
         assert pickle.loads(sent).index[5] == train[5]
+
+
+def test_other_numbers_of_the_classes_are_those_of_a_copy(layouts):
+    import pickle
+
+    for name in ("folder", "shards", "zip"):
+        index = open_images(config_of(layouts[name]), True)[0]
+        classes, before = index.classes, [index[i] for i in range(len(index))]
+        copy = index.with_classes(classes[::-1]).rename_classes([f"{name}!" for name in classes[::-1]])
+        assert index.classes == classes
+        assert [index[i] for i in range(len(index))] == before
+        del index  # what they share must outlive either
+        for other in (copy, pickle.loads(pickle.dumps(copy))):
+            assert other.classes == [f"{name}!" for name in classes[::-1]]
+            assert [other[i] for i in range(len(other))] == [(data, len(classes) - 1 - label) for data, label in before]

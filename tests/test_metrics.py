@@ -17,11 +17,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from torchvision.transforms.v2.functional import five_crop
 
 from config import build_config
+from data.augmentation import DeviceStage, Plan, build_eval_transform
 from data.build import open_images
 from data.decoding import decode
-from data.on_device import DeviceStage
-from data.policy import Plan
-from data.transforms import build_eval_transform
 from main import main
 from tasks.report import Report
 

@@ -13,7 +13,7 @@ from conftest import TINY_RUN
 from PIL import Image
 
 from config import build_config
-from data.transforms import build_eval_transform
+from data.augmentation import build_eval_transform
 from engine.model import check_image_size, check_smallest_batch, giga_macs, prepare_model
 from engine.train import train
 from main import main

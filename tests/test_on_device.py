@@ -12,11 +12,10 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import ColorJitter
 
 from config import build_config
-from data.build import augments_on_device, build_train_stage
+from data.augmentation import DeviceStage, Plan, augments_on_device, build_train_stage, build_train_transform
+from data.augmentation.on_device import OPERATIONS, apply, warp
+from data.augmentation.policy import Operation, Recorder, build_policy, draw_patches, fill_colour
 from data.decoding import pil_to_tensor
-from data.on_device import OPERATIONS, DeviceStage, apply, warp
-from data.policy import Operation, Plan, Recorder, build_policy, draw_patches, fill_colour
-from data.transforms import build_train_transform
 from utils.errors import UserError
 from utils.randomness import seed_cpu
 

@@ -15,10 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 from config import build_config
+from data.augmentation import DeviceStage, Plan, build_eval_transform
 from data.decoding import decode
-from data.on_device import DeviceStage
-from data.policy import Plan
-from data.transforms import build_eval_transform
 from predict import main
 
 CLASSES = [f"digit [{i}]\té" for i in range(10)]

@@ -15,17 +15,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from timm.data import create_dataset, create_loader, create_transform
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from config import build_config
-from data.build import augments_on_device, build_decoding, build_train_stage, open_images
+from data.augmentation import Plan, augments_on_device, build_train_stage, build_train_transform
+from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset
-from data.decoding import decode
+from data.decoding import build_decoding, decode
 from data.loading import TrainLoader
-from data.policy import Plan
 from data.sampling import TrainBatches
-from data.transforms import build_train_transform
 from scripts.benchmarks.common import machine, show_progress, synchronize
 from utils.errors import UserError
 from utils.image_size import height_and_width
@@ -97,13 +97,21 @@ def of_this_loader(config, on_device: bool, device: torch.device, whole: bool = 
     images = open_images(config, training=True)[0]
     batches = TrainBatches(len(images), min(config.DATA.BATCH_SIZE, len(images)), 1, 0, 1, config.SEED)
     on_device = on_device and augments_on_device(config, torch.device("cuda", 0))
-    transform, stage = build_train_transform(config, on_device), build_train_stage(config, device)
+    transform = build_train_transform(config, on_device)
+    stage = build_train_stage(config, device) if whole or device.type == "cuda" else NoStage()
     dataset = ImageDataset(images, DecodeAndTransform(transform, build_decoding(config)), config.SEED, True)
     loader = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, transform.size, stage, print)
     batches.last_step = ENDLESS
-    if whole or device.type == "cuda":
-        return (len(batch.images) for batch in loader)
-    return (len(batch.targets) for batch in loader.host_batches())
+    return (len(batch.images) for batch in loader)
+
+
+class NoStage:
+    """Leaves images as the loader processes send them, which is as good as any other way to count them."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, images: Tensor, plans: list[Plan]) -> Tensor:
+        return images
 
 
 def of_timm(config, device: torch.device, whole: bool) -> Iterator[int]:

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.policy import NOISE_OFFSETS, Operation, Patch, Plan
+from data.augmentation.policy import NOISE_OFFSETS, Operation, Patch, Plan, Recorder, build_policy, fill_colour
+from utils.errors import UserError
+from utils.image_size import height_and_width
 from utils.randomness import derive_seed
 
 ROUNDING = 1e-3
 
 
 class DeviceStage:
-    """uint8 images ``(B, 3, H, W)`` and their plans to normalised float images, channels last.
+    """Turns uint8 images ``(B, 3, H, W)`` and their plans into normalised float images, channels last.
 
     Nothing random is drawn here: the plans hold all draws, and the noise is read from a table that ``seed`` makes, so
     that an image does not depend on the batch, the rank or the device.
@@ -62,7 +64,7 @@ class DeviceStage:
         return out
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 to float, each channel with mean 0 and deviation 1."""
+        """Turn uint8 into float, each channel with mean 0 and deviation 1."""
         # By whole rows: on a CPU three times as fast as by the three values of a pixel
         rows = images.permute(0, 2, 3, 1).flatten(2).float()
         width = images.shape[-1]
@@ -70,11 +72,44 @@ class DeviceStage:
         return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
     def _fill(self, patch: Patch) -> Tensor | float:
-        """Normalised values, ``(3, height, width)`` or what expands to it."""
+        """Give the normalised values of a patch, ``(3, height, width)`` or what expands to it."""
         if self.erase == "const":
             return 0.0
         shape = (3, patch.height, patch.width) if self.erase == "pixel" else (3, 1, 1)
         return self.noise[patch.noise : patch.noise + math.prod(shape)].view(shape)
+
+
+def augments_on_device(config, device: torch.device) -> bool:
+    """Tell whether AUG.DEVICE leaves AUG.AUTO_AUGMENT or colour jitter to the GPU; else the workers do it with Pillow.
+
+    Raises:
+        UserError: AUG.DEVICE is ``cuda``, and there is no GPU or something that only runs on the CPU.
+    """
+    if config.AUG.DEVICE == "cpu" or (config.AUG.DEVICE == "auto" and device.type != "cuda"):
+        return False
+    if device.type != "cuda":
+        raise UserError("AUG.DEVICE cuda: there is no GPU; use auto or cpu")
+    try:
+        unknown = Recorder(build_policy(config)).names - set(OPERATIONS)
+    except TypeError:
+        unknown = {config.AUG.AUTO_AUGMENT}
+    if unknown and config.AUG.DEVICE == "cuda":
+        raise UserError(f"AUG.DEVICE cuda: {', '.join(sorted(unknown))} only runs on the CPU; use auto or cpu")
+    return not unknown
+
+
+def build_train_stage(config, device: torch.device) -> DeviceStage:
+    """Build what the device does to training images."""
+    return DeviceStage(
+        device,
+        config.DATA.MEAN,
+        config.DATA.STD,
+        fill_colour(config.DATA.MEAN),
+        config.DATA.INTERPOLATION,
+        config.AUG.REMODE if config.AUG.REPROB else "const",
+        height_and_width(config.DATA.IMG_SIZE),
+        config.SEED,
+    )
 
 
 def apply(images: Tensor, operations: Sequence[Sequence[Operation]], fill: Tensor, interpolation: str) -> Tensor:
@@ -126,7 +161,7 @@ def equalize(x: Tensor, _: Tensor) -> Tensor:
 
 
 def look_up(x: Tensor, table: Tensor) -> Tensor:
-    """``table[n, c, x]`` for tables ``(N, 3, 256)``."""
+    """Take ``table[n, c, x]`` from tables ``(N, 3, 256)``."""
     return table.clamp(0, 255).to(torch.uint8).gather(2, x.flatten(2).long()).view(x.shape)
 
 
@@ -150,13 +185,13 @@ def solarize_add(x: Tensor, add: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """From ``degenerate`` (factor 0) over ``x`` (1) and beyond, cut to whole levels as Pillow does."""
+    """Go from ``degenerate`` (factor 0) over ``x`` (1) and beyond; cut to whole levels as Pillow does."""
     degenerate = degenerate.float()
     return (degenerate + factor * (x - degenerate)).clamp(0, 255).to(torch.uint8)
 
 
 def grey(x: Tensor) -> Tensor:
-    """Luma of ITU-R 601-2 as ``(N, 1, H, W)``, in Pillow's fixed-point arithmetic."""
+    """Compute the luma of ITU-R 601-2, ``(N, 1, H, W)``, in Pillow's fixed-point arithmetic."""
     red, green, blue = x.int().split(1, dim=1)
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
@@ -174,7 +209,7 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from a 3 x 3 smoothing whose centre weighs 5 of 13; the border is not smoothed."""
+    """Blend with a 3 x 3 smoothing whose centre weighs 5 of 13; the border is not smoothed."""
     smooth = x.float()
     if min(x.shape[-2:]) > 2:
         inner = smooth[..., 1:-1, 1:-1]
@@ -184,7 +219,7 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def warp(x: Tensor, matrix: Tensor, fill: Tensor, interpolation: str) -> Tensor:
-    """Affine map: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), both measured at pixel centres.
+    """Map affinely: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), both measured at pixel centres.
 
     Args:
         matrix: (a, b, c, d, e, f) of each image, ``(N, 6, 1, 1, 1)``.
@@ -209,7 +244,7 @@ def warp(x: Tensor, matrix: Tensor, fill: Tensor, interpolation: str) -> Tensor:
 
 
 def taps(position: Tensor, interpolation: str) -> tuple[Tensor, list[Tensor]]:
-    """The first pixel that a sample at ``position`` is made of, and the weights of that and the following ones."""
+    """Find the first pixel that one at ``position`` is made of, and the weights of that and the following ones."""
     if interpolation == "nearest":
         return position.floor().long(), [torch.ones_like(position)]
     first = (position - 0.5).floor()

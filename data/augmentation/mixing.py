@@ -8,9 +8,12 @@ from utils.errors import UserError
 
 
 def build_mixing(config, num_classes: int) -> Callable | None:
-    """``(images, targets)`` to mixed images and soft targets ``(B, classes)``; None when ``AUG`` turns it off.
+    """Build what turns ``(images, targets)`` into mixed images and soft targets ``(B, classes)``.
 
-    It draws from numpy's global generator: seed that before each call.
+    It draws from numpy's global generator: seed that before each call. None where the settings have no mixing.
+
+    Raises:
+        UserError: mixing needs an even DATA.BATCH_SIZE.
     """
     aug = config.AUG
     if not (aug.MIXUP or aug.CUTMIX or aug.CUTMIX_MINMAX):

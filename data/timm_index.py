@@ -12,8 +12,8 @@ from utils.errors import UserError
 STREAMS = ("hfids/", "tfds/", "wds/")
 
 
-class TimmImages:
-    """``images[i]`` is a PIL image or the bytes of a file, and the class.
+class TimmIndex:
+    """The images of a data set that timm opens: ``index[i]`` is a PIL image or the bytes of a file, and the class.
 
     Attributes:
         classes: class names, or None where the data set does not tell.
@@ -57,7 +57,7 @@ class TimmImages:
         return (data if isinstance(data, Image.Image) else data.read()), int(target)
 
     def name(self, i: int) -> str:
-        """Where image ``i`` is, for people."""
+        """Say where image ``i`` is, for people."""
         return f"{self._title} in {self.root}, number {i}"
 
 

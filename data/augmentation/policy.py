@@ -57,12 +57,12 @@ class Plan(NamedTuple):
 
 
 def fill_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
-    """What a rotation brings in from outside the image: the mean colour."""
+    """Give the colour (0 to 255) that a rotation brings in from outside the image: the mean of the data."""
     return tuple(min(255, round(255 * channel)) for channel in mean)
 
 
 def build_policy(config) -> list[Callable]:
-    """timm's policy and colour jitter as transforms of a PIL image; AUTO_AUGMENT takes the place of the jitter.
+    """Build timm's policy and colour jitter as transforms of a PIL image; AUTO_AUGMENT takes the place of the jitter.
 
     Raises:
         UserError: timm does not know AUG.AUTO_AUGMENT.
@@ -113,7 +113,7 @@ class Recorder:
                 self.names.add(op.name)
 
     def draw(self) -> tuple[Operation, ...]:
-        """The operations for one image, in their order."""
+        """Draw the operations for one image, in their order."""
         plan: tuple[Operation, ...] = ()
         for transform in self.transforms:
             plan = _draw_jitter(plan, transform) if isinstance(transform, ColorJitter) else transform(plan)
@@ -140,7 +140,7 @@ def _draw_jitter(plan: tuple[Operation, ...], jitter: ColorJitter) -> tuple[Oper
 
 
 def draw_patches(probability: float, count: int, height: int, width: int) -> tuple[Patch, ...]:
-    """Rectangles of random erasing (arXiv 1708.04896), with timm's ranges and timm's draws in timm's order."""
+    """Draw the rectangles of random erasing (arXiv 1708.04896), with timm's ranges and in timm's order."""
     if random.random() > probability:
         return ()
     patches = []

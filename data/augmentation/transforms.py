@@ -9,20 +9,26 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from data.augmentation.policy import Plan, Recorder, build_policy, draw_patches
 from data.decoding import pil_to_tensor, tensor_to_pil
-from data.policy import Plan, Recorder, build_policy, draw_patches
 from utils.image_size import height_and_width
 
 
 @dataclass
 class TrainTransform:
-    """Random crop and flip; the rest of the augmentation as a plan, or done here with Pillow as far as ``policy`` goes.
+    """Crops and flips at random; what is left to do is drawn as a plan.
 
     It draws from the global generators of Python, numpy and torch.
 
     Args:
+        size: height and width of the result.
+        scale: the crop's share of the image's area, from and to.
+        ratio: its width over its height, from and to.
+        interpolation: of the crop.
+        hflip: probability of a flip.
         policy: transforms of a PIL image to run here.
         recorder: draws operations to be run on the device instead.
+        erase_probability, erase_count: of random erasing, and how many rectangles at most.
     """
 
     size: tuple[int, int]
@@ -36,13 +42,14 @@ class TrainTransform:
     erase_count: int
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Plan]:
-        """``(3, H, W)`` uint8 to ``(3, *size)`` uint8 and what remains to be done to it."""
+        """Turn ``(3, H, W)`` uint8 into ``(3, *size)`` uint8 and what remains to be done to it."""
         image = self.crop_and_flip(image)
         if self.policy:
             image = self.run_policy(image)
         return image, self.draw_plan()
 
     def crop_and_flip(self, image: Tensor) -> Tensor:
+        """Turn ``(3, H, W)`` uint8 into ``(3, *size)`` uint8."""
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
         image = image[None, :, top : top + height, left : left + width]
         # Resizing is twice as fast on packed pixels
@@ -51,18 +58,20 @@ class TrainTransform:
         return F.horizontal_flip(image) if torch.rand(1) < self.hflip else image
 
     def run_policy(self, image: Tensor) -> Tensor:
+        """Run the policy on an image ``(3, H, W)`` uint8."""
         picture = tensor_to_pil(image)
         for transform in self.policy:
             picture = transform(picture)
         return pil_to_tensor(picture)
 
     def draw_plan(self) -> Plan:
+        """Draw what the device has to do to one image."""
         operations = self.recorder.draw()
         return Plan(operations, draw_patches(self.erase_probability, self.erase_count, *self.size))
 
 
 def build_train_transform(config, on_device: bool) -> TrainTransform:
-    """The published recipe; ``on_device`` leaves the policy to the device."""
+    """Build the published recipe; ``on_device`` leaves the policy to the device."""
     aug = config.AUG
     policy = build_policy(config)
     return TrainTransform(
@@ -80,7 +89,7 @@ def build_train_transform(config, on_device: bool) -> TrainTransform:
 
 @dataclass
 class EvalTransform:
-    """Resize to ``resize`` and crop the centre of ``size``, each a height and a width.
+    """Resizes to ``resize`` and crops the centre of ``size``, each a height and a width.
 
     ``keep_ratio`` lets the resized image be as much larger than ``resize`` as its shape needs.
     """
@@ -91,7 +100,7 @@ class EvalTransform:
     interpolation: InterpolationMode
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Plan]:
-        """``(3, H, W)`` uint8 to ``(3, *size)`` uint8; nothing remains to be done."""
+        """Turn ``(3, H, W)`` uint8 into ``(3, *size)`` uint8 and an empty plan."""
         height, width = image.shape[1:]
         resize = cover(height, width, *self.resize) if self.keep_ratio else self.resize
         image = F.resize(image, list(resize), self.interpolation, antialias=True)
@@ -99,7 +108,7 @@ class EvalTransform:
 
 
 def cover(height: int, width: int, over_height: int, over_width: int) -> tuple[int, int]:
-    """The size of an image whose one side is that of what it is to cover, and whose other is as large or larger.
+    """Find the smallest size with the shape of ``height x width`` that covers ``over_height x over_width``.
 
     Fractions of a pixel are cut off, as torchvision does when it resizes the short side.
     """
@@ -109,7 +118,7 @@ def cover(height: int, width: int, over_height: int, over_width: int) -> tuple[i
 
 
 def build_eval_transform(config) -> EvalTransform:
-    """Resize and crop the centre (``TEST.CROP``), or resize to the size that the model sees.
+    """Build what resizes and crops the centre (``TEST.CROP``), or resizes to the size that the model sees.
 
     Five crops are for the device to make.
     """
