@@ -14,7 +14,7 @@ from config import output_dir
 from data import Loaders, build_loaders
 from data.index import ImageIndex
 from data.loading import EvalLoader, TrainLoader, naming_dead_workers
-from engine.model import check_image_size, compile_in_place, is_compiled, prepare_model, set_training_mode
+from engine.model import check_image_size, compile_in_place, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from engine.real_labels import RealLabels, describe_real
 from engine.report import Report
@@ -23,6 +23,7 @@ from engine.validation import facts_of
 from models import load_weights
 from models.weights import classes_in
 from utils import checkpoint
+from utils.compat import is_compiled
 from utils.distributed import agreement, sum_over_ranks
 from utils.errors import UserError
 from utils.image_size import height_and_width

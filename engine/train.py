@@ -40,6 +40,7 @@ from models import left_out, load_weights
 from optimizer import build_optimizer
 from utils import checkpoint
 from utils.bulletin import Bulletin
+from utils.compat import skips_by_itself, tell_found_inf
 from utils.distributed import (
     AgreedError,
     agreement,
@@ -463,8 +464,8 @@ def update_weights(
     scaler.unscale_(optimizer)
     grad_norm = clip_grad_norm_(parameters, max_norm)
     finite = torch.isfinite(grad_norm)
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None  # fused kernels skip by themselves
+    if skips_by_itself(optimizer):
+        tell_found_inf(optimizer, ~finite)
         scaler.step(optimizer)
     elif finite:  # apex's optimizers need the host to decide
         scaler.step(optimizer)
