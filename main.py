@@ -13,6 +13,7 @@ from typing import NoReturn
 from config import build_config
 from engine.stopping import Stopped, StopRequest, is_launched
 from utils import distributed
+from utils.compat import actions_of
 from utils.errors import Parser, UserError, did_you_mean
 from utils.names import printable
 from utils.processes import CTRL_C_STATUS, end_with_parent
@@ -71,7 +72,7 @@ def parse(arguments: list[str]):
     p = parser()
     known, unknown = p.parse_known_args(arguments)
     if unknown:
-        flags = [option for action in p._actions for option in action.option_strings]
+        flags = [option for action in actions_of(p) for option in action.option_strings]
         raise UserError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
     given = vars(known)
     mode = "evaluate" if given.pop("eval", False) else "throughput" if given.pop("throughput", False) else "train"
@@ -84,7 +85,7 @@ def parse(arguments: list[str]):
         if native is None:
             raise UserError(f"--amp-opt-level {level} is not one of O0, O1, O2")
         raise UserError(APEX_AMP.format(level, native))
-    dashes = {action.dest: action.option_strings[0] for action in p._actions if action.option_strings}
+    dashes = {action.dest: action.option_strings[0] for action in actions_of(p) if action.option_strings}
     flags = [(key, value, dashes[key]) for key, value in given.items()]
     return build_config(cfg_file, opts, flags), mode
 

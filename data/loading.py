@@ -167,8 +167,9 @@ class _Loader:
             multiprocessing_context="fork" if forks else None,
             worker_init_fn=_start_worker if self.num_workers else None,
         )
+        others = set(multiprocessing.active_children())
         batches = iter(loader)
-        _workers.update(getattr(batches, "_workers", ()))
+        _workers.update(set(multiprocessing.active_children()) - others)
         for batch in batches:
             images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
             yield replace(batch, images=images, targets=torch.as_tensor(batch.targets))

@@ -4,6 +4,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from utils.compat import move_towards
+
 
 class Ema(ModelEmaV3):
     """timm's moving average, which a step that was skipped leaves as it is, without the host knowing of the skip."""
@@ -18,9 +20,7 @@ class Ema(ModelEmaV3):
                 values.append(value)
             else:
                 average.copy_(value)
-        difference = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(difference, (1 - self.get_decay(step)) * finite)
-        torch._foreach_add_(averages, difference)
+        move_towards(averages, values, (1 - self.get_decay(step)) * finite)
 
 
 def build_ema(config, model: nn.Module) -> Ema | None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from config import output_dir
 from data.files import describe_left_out
 from data.loading import EvalLoader, describe_turned, naming_dead_workers
-from engine.model import check_image_size, compile_in_place, is_compiled, prepare_model, set_training_mode
+from engine.model import check_image_size, compile_in_place, prepare_model, set_training_mode
 from engine.precision import Precision, choose_precision
 from engine.resume import read_on_main
 from models import load_weights
 from tasks import Evaluator, Task, build_task
 from utils import checkpoint
+from utils.compat import is_compiled
 from utils.distributed import agreement, count_over_ranks
 from utils.errors import UserError
 from utils.fields import facts_of

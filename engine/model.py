@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.precision import Precision
+from utils.compat import compile_ddp_whole, is_compiled
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.image_size import describe_size, height_and_width
@@ -51,13 +52,8 @@ def compile_in_place(config, model: nn.Module) -> None:
     """
     if config.TRAIN.COMPILE != "none":
         if config.TRAIN.USE_CHECKPOINT != "none":
-            torch._dynamo.config.optimize_ddp = False  # not every torch can split recomputed blocks for DDP
+            compile_ddp_whole()  # not every torch can split recomputed blocks for DDP
         model.compile(mode=config.TRAIN.COMPILE, dynamic=False)
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether :func:`compile_in_place` has been there; every new size of batch then costs minutes."""
-    return model._compiled_call_impl is not None
 
 
 def begin_step(model: nn.Module) -> None:

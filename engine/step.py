@@ -12,6 +12,7 @@ from engine.model import begin_step
 from engine.precision import Precision
 from tasks import Task
 from utils import parallel
+from utils.compat import skips_by_itself, tell_found_inf
 from utils.distributed import rank
 from utils.randomness import seed_everything
 
@@ -92,9 +93,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         grad_norm = parallel.clip_grad_norm(self.parameters, self.max_norm)
         finite = torch.isfinite(grad_norm)
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            # Fused kernels skip by themselves
-            self.optimizer.found_inf, self.optimizer.grad_scale = (~finite).float(), None
+        if skips_by_itself(self.optimizer):
+            tell_found_inf(self.optimizer, ~finite)
             self.scaler.step(self.optimizer)
         elif finite:  # apex's optimizers need the host to decide
             self.scaler.step(self.optimizer)

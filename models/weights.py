@@ -1,7 +1,6 @@
 """Put the weights of a checkpoint into a model."""
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from models.build import build_model
 from models.crossformer import VARIANTS
 from models.crossformer.network import WRAPPERS
+from utils.compat import timm_converter
 from utils.errors import UserError
 
 COUNTERS = re.compile(
@@ -211,7 +211,7 @@ def _unwrapped(state_dict: dict[str, Tensor], anchor: str) -> dict[str, Tensor]:
 def _renamed(weights: dict[str, Tensor], model: nn.Module, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """With timm's names, where timm knows how the authors of a model call its weights."""
     unknown = [key for key in weights if key not in own and not COUNTERS.search(key)]
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert = timm_converter(model)
     sane = sum(value.numel() for value in weights.values()) <= 2 * sum(value.numel() for value in own.values())
     if not unknown or convert is None or not sane:
         return weights

@@ -185,11 +185,12 @@ def test_too_small_an_image_is_refused():
     [
         lambda m: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}),
         lambda m: torch.optim.SGD(m.parameters(), lr=1.0).step(),
+        lambda m: m(torch.ones(1, 3, 32, 32)).sum().backward() or fused_step(m),
         lambda m: m.double().float(),
         lambda m: [p.data.mul_(1.5) for p in m.train().parameters()] and m.eval(),
         lambda m: [setattr(p, "data", p.data * 1.5) for p in m.parameters()],
     ],
-    ids=["load_state_dict", "optimizer", "dtype", "data_between_modes", "data_replaced"],
+    ids=["load_state_dict", "optimizer", "fused_optimizer", "dtype", "data_between_modes", "data_replaced"],
 )
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_cached_position_bias_follows_the_weights(change, mode):
@@ -206,6 +207,10 @@ def test_cached_position_bias_follows_the_weights(change, mode):
     fresh.load_state_dict(model.state_dict())
     with mode():
         assert torch.equal(after, fresh(x))
+
+
+def fused_step(model: nn.Module) -> None:
+    torch.optim.SGD(model.parameters(), lr=1.0, fused=True).step()
 
 
 def test_position_bias_has_gradients_in_eval_mode():

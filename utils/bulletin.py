@@ -7,9 +7,7 @@ import time
 from contextlib import suppress
 from typing import Protocol
 
-import torch.distributed as dist
-
-from utils.distributed import rank, world_size
+from utils.distributed import rank, shared_store, world_size
 
 SECONDS_BETWEEN_TURNS = 1.0
 SECONDS_TO_TELL = 3
@@ -41,7 +39,7 @@ class Bulletin:
         self.step, self.activity = 0, "starting"
         self._turns = 0
         self._done, self._told = threading.Event(), threading.Event()
-        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        self._store = shared_store()
 
     def __enter__(self) -> "Bulletin":
         if self._store:

@@ -15,6 +15,7 @@ from utils.errors import UserError
 JOIN_SECONDS = 600
 """How long ranks wait for each other when they start; a slow host may take minutes to import torch."""
 JOIN_POLL_SECONDS = 0.02
+_store: dist.Store | None = None
 
 
 class AgreedError(UserError):
@@ -35,6 +36,7 @@ def is_main() -> bool:
 
 def start() -> torch.device:
     """Join the other processes that ``torchrun`` has started, if any, and choose this one's device."""
+    global _store
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -47,14 +49,20 @@ def start() -> torch.device:
     else:
         device = torch.device("cpu")
     if world_size() > 1:
+        _store = _store_of_this_attempt()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store_of_this_attempt(),
+            store=_store,
             rank=rank(),
             world_size=world_size(),
             device_id=device if device.type == "cuda" else None,
         )
     return device
+
+
+def shared_store() -> dist.Store | None:
+    """What all processes can read and write, key by key; None for a single one."""
+    return _store
 
 
 def _store_of_this_attempt() -> dist.Store:

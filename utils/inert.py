@@ -10,7 +10,6 @@ import pickletools
 import re
 import sys
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.compat import name_in_python_3
 
 DEEPEST = 100
 """Levels of nesting that a checkpoint may have."""
@@ -177,8 +178,7 @@ def _globals(file: BinaryIO) -> set[str]:
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL":
             module, _, name = argument.partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            named.add(f"{module}.{name}")
+            named.add(".".join(name_in_python_3(module, name)))
     return named
 
 

@@ -10,18 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from timm.data.auto_augment import (
-    AugmentOp,
-    AugMixAugment,
-    AutoAugment,
-    RandAugment,
-    augment_and_mix_transform,
-    auto_augment_transform,
-    rand_augment_transform,
-)
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.transforms import str_to_pil_interp
 from torchvision.transforms import ColorJitter
 
+from utils.compat import replace_operations
 from utils.errors import UserError
 from utils.image_size import height_and_width
 
@@ -108,9 +101,7 @@ class Recorder:
             if isinstance(transform, ColorJitter):
                 self.names |= {"Brightness", "Contrast", "Color"}
                 continue
-            for op in _operations(transform):
-                op.aug_fn = partial(_record, op.name)
-                self.names.add(op.name)
+            self.names |= replace_operations(transform, lambda name: partial(_record, name))
 
     def draw(self) -> tuple[Operation, ...]:
         """Draw the operations for one image, in their order."""
@@ -118,15 +109,6 @@ class Recorder:
         for transform in self.transforms:
             plan = _draw_jitter(plan, transform) if isinstance(transform, ColorJitter) else transform(plan)
         return plan
-
-
-def _operations(transform: Callable) -> list[AugmentOp]:
-    if isinstance(transform, RandAugment):
-        return list(transform.ops)
-    if isinstance(transform, AutoAugment):
-        return [op for sub_policy in transform.policy for op in sub_policy]
-    assert isinstance(transform, AugMixAugment), transform
-    raise TypeError("AugMix blends whole chains of operations")
 
 
 def _record(name: str, plan: tuple[Operation, ...], *arguments, **_) -> tuple[Operation, ...]:

@@ -15,8 +15,6 @@ from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from .embedding import MIN_IMAGE_SIZE, PATCH_KERNELS, PATCH_STRIDE, REDUCTION_STRIDE, PatchEmbed, PatchMerging
@@ -26,6 +24,8 @@ from .recomputing import recomputed
 from .stochastic_depth import Branches, add_branch, draw_branches
 
 ACL_PERIOD = 3
+WITH_THE_PREVIOUS = (99999,)
+"""By this number timm knows parameters that belong to the layer before them (the ``group_matcher`` of its models)."""
 
 PerBlock = int | Sequence[int]
 """A setting of one stage: a number for all its blocks, or one number for each block."""
@@ -282,8 +282,8 @@ class CrossFormer(nn.Module):
         """
         blocks = [
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-            (r"^layers\.(\d+)\.downsample", MATCH_PREV_GROUP),
-            (r"^norm", MATCH_PREV_GROUP),
+            (r"^layers\.(\d+)\.downsample", WITH_THE_PREVIOUS),
+            (r"^norm", WITH_THE_PREVIOUS),
         ]
         return dict(stem=r"^patch_embed", blocks=r"^layers\.(\d+)" if coarse else blocks)
 
@@ -335,15 +335,15 @@ class CrossFormer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r} is not one of NCHW, NHWC")
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        taken = _choose(len(self.layers), indices)
         intermediates = []
         x = self.patch_embed(x)
-        for i, stage in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
+        for i, stage in enumerate(self.layers[: max(taken) + 1] if stop_early else self.layers):
             features = stage(x)
             last = i == len(self.layers) - 1
-            if i in take_indices:
-                taken = self.norm(features) if norm and last else features
-                intermediates.append(taken.permute(0, 3, 1, 2) if output_fmt == "NCHW" else taken)
+            if i in taken:
+                output = self.norm(features) if norm and last else features
+                intermediates.append(output.permute(0, 3, 1, 2) if output_fmt == "NCHW" else output)
             x = self.norm(features) if last else stage.downsample(features)
         return intermediates if intermediates_only else (x, intermediates)
 
@@ -351,15 +351,15 @@ class CrossFormer(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of ``indices`` do not need; returns the indices, counted from the front."""
-        take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        cut = max_index < len(self.layers) - 1
-        self.layers = self.layers[: max_index + 1]
+        taken = _choose(len(self.layers), indices)
+        cut = max(taken) < len(self.layers) - 1
+        self.layers = self.layers[: max(taken) + 1]
         self.layers[-1].downsample = nn.Identity()
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
-        return take_indices
+        return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` to normalised tokens ``(B, H // 32, W // 32, C)``."""
@@ -378,6 +378,17 @@ class CrossFormer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` to logits ``(B, classes)``."""
         return self.forward_head(self.forward_features(x))
+
+
+def _choose(stages: int, indices: int | list[int] | None) -> list[int]:
+    """Of so many stages those of ``indices``: the last n for a number, all for None; some may count from the end."""
+    if indices is None:
+        return list(range(stages))
+    if isinstance(indices, int):
+        if not 0 < indices <= stages:
+            raise ValueError(f"the last {indices} of {stages} stages cannot be taken")
+        return list(range(stages - indices, stages))
+    return [range(stages)[i] for i in indices]
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -115,9 +115,13 @@ class BiasCache:
         self, mlps: Sequence[DynamicPositionBias], groupings: Sequence[Grouping], dtype: torch.dtype
     ) -> list[Tensor]:
         """As :func:`position_biases`."""
-        if mlps[0].training or torch.is_grad_enabled() or not may_cache() or mlps[0].pos_proj.weight.is_inference():
+        if not may_cache() or mlps[0].training or mlps[0].pos_proj.weight.is_inference():
+            return position_biases(mlps, groupings, dtype)
+        if torch.is_grad_enabled():
+            self.clear()  # an optimizer's step may follow, and a fused one leaves the count of writes as it is
             return position_biases(mlps, groupings, dtype)
         weights = [t for mlp in mlps for layer in mlp.layers for t in (layer.weight, layer.bias)]
+        # torch's count of the writes to a tensor has no public name
         versions = tuple((t.data_ptr(), t._version) for t in weights)
         key = (tuple(grouping.shape for grouping in groupings), dtype, weights[0].device, versions)
         entry = self.entry

@@ -1,0 +1,133 @@
+"""The private parts of libraries that the project uses are there, and do what it uses them for."""
+
+import argparse
+import copy
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.compat import (
+    actions_of,
+    compile_ddp_whole,
+    is_compiled,
+    move_towards,
+    name_in_python_3,
+    replace_operations,
+    skips_by_itself,
+    tell_found_inf,
+    timm_converter,
+)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_optimizer_skips_a_step_when_told(kind, scaled):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, scaler = kind([weight], lr=0.1, fused=True), torch.amp.GradScaler("cpu", enabled=scaled)
+    assert skips_by_itself(optimizer)
+    assert not skips_by_itself(kind([weight], lr=0.1, fused=False))
+    for gradient in (torch.inf, 1.0):
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.unscale_(optimizer)
+        tell_found_inf(optimizer, ~torch.isfinite(weight.grad).all())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(weight, torch.ones(3)) == (gradient == torch.inf)
+
+
+def test_many_averages_move_as_each_would():
+    averages, values = ([torch.randn(n, 3) for n in (1, 5, 2)] for _ in range(2))
+    expected = [a + (v - a) * torch.tensor(0.3) for a, v in zip(averages, values, strict=True)]
+    move_towards(averages, values, torch.tensor(0.3))
+    assert all(map(torch.equal, averages, expected))
+
+
+def test_a_compiled_model_is_known():
+    model = nn.Linear(2, 2)
+    assert not is_compiled(model)
+    model.compile(backend="eager")
+    assert is_compiled(model)
+    assert not is_compiled(copy.deepcopy(model))
+
+
+def test_a_compiled_model_inside_ddp_stays_whole(monkeypatch):
+    """Two layers that each fill a bucket: left to itself, torch.compile makes two graphs of them."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    graphs = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for setting in (lambda: None, compile_ddp_whole):
+            setting()
+            model = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))
+            model.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+            DistributedDataParallel(model, bucket_cap_mb=1)(torch.ones(1, 600)).sum().backward()
+            assert len(graphs) == (2 if setting is not compile_ddp_whole else 1)
+            graphs.clear()
+            torch.compiler.reset()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_models_bring_what_renames_the_weights_of_their_authors():
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+    assert timm_converter(nn.Linear(2, 2)) is None
+    renamed = timm_converter(model)({"layers.0.downsample.reduction.weight": torch.zeros(1)}, model)
+    assert list(renamed) == ["layers.1.downsample.reduction.weight"]
+
+
+@pytest.mark.parametrize("make", [rand_augment_transform, auto_augment_transform])
+def test_policies_call_what_stands_in_for_their_operations(make):
+    policy = make("rand-m9-n3" if make is rand_augment_transform else "v0", {})
+    names = replace_operations(policy, lambda name: lambda done, *arguments, **_: [*done, (name, len(arguments))])
+    random.seed(0)
+    np.random.seed(0)
+    done = {operation for _ in range(300) for operation in policy([])}
+    assert done >= {("Equalize", 0), ("Rotate", 1), ("Color", 1)}
+    assert {name for name, _ in done} == names
+
+
+def test_a_policy_that_blends_is_refused():
+    with pytest.raises(TypeError, match="AugMixAugment does not consist of operations"):
+        replace_operations(augment_and_mix_transform("augmix-m3", {}), lambda name: name)
+
+
+def test_the_arguments_of_a_parser_are_known():
+    parser = argparse.ArgumentParser()
+    parser.add_mutually_exclusive_group().add_argument("--long", "-l", dest="name")
+    assert [(action.dest, action.option_strings) for action in actions_of(parser)] == [
+        ("help", ["-h", "--help"]),
+        ("name", ["--long", "-l"]),
+    ]
+
+
+def test_names_of_python_2_are_known():
+    assert name_in_python_3("__builtin__", "set") == ("builtins", "set")
+    assert name_in_python_3("__builtin__", "xrange") == ("builtins", "range")
+    assert name_in_python_3("copy_reg", "anything") == ("copyreg", "anything")
+    assert name_in_python_3("torch._utils", "_rebuild_tensor_v2") == ("torch._utils", "_rebuild_tensor_v2")
+
+
+@pytest.mark.parametrize("write", ["in place", "with others", "from a checkpoint"])
+def test_a_tensor_counts_the_writes_to_it(write):
+    """``models.crossformer.position_bias`` goes by that; without it a cache would outlive its weights."""
+    layer = nn.Linear(2, 2)
+    before, place = layer.weight._version, layer.weight.data_ptr()
+    match write:
+        case "in place":
+            with torch.no_grad():
+                layer.weight.mul_(2)
+        case "with others":
+            move_towards([layer.weight.detach()], [torch.ones(2, 2)], torch.tensor(0.5))
+        case "from a checkpoint":
+            layer.load_state_dict(nn.Linear(2, 2).state_dict())
+    assert layer.weight._version > before
+    assert layer.weight.data_ptr() == place

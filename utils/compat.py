@@ -1,0 +1,109 @@
+"""Every use of a part of a library that its makers may change without notice, for want of a public one.
+
+Each function says what breaks when that part goes, and how it would show; ``tests/test_compat.py`` tries each of them.
+(One more is where it is needed, since ``models/crossformer`` is used without this folder: ``Tensor._version``.)
+"""
+
+import argparse
+import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step does nothing when :func:`tell_found_inf` has told it so.
+
+    Uses ``_step_supports_amp_scaling``, by which torch's loss scaler knows its fused optimizers. If that goes, this is
+    False for all of them: the same weights, but the host waits for the device at every step.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def tell_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
+    """Let the next step do nothing if ``found_inf`` (0-d) is true, without the host looking at it.
+
+    Uses the attributes ``found_inf`` and ``grad_scale`` of fused optimizers. If they go, a step whose gradients are not
+    finite is taken: the loss is NaN from then on.
+    """
+    optimizer.found_inf = found_inf.float()
+    optimizer.grad_scale = None  # they are unscaled already
+
+
+def move_towards(averages: list[Tensor], values: list[Tensor], share: Tensor) -> None:
+    """``averages += share * (values - averages)`` in a few kernels, whatever their number; ``share`` is 0-d.
+
+    Uses ``torch._foreach_sub`` and the like. If they go, training with a moving average ends with an AttributeError.
+    """
+    difference = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(difference, share)
+    torch._foreach_add_(averages, difference)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model.compile()`` has been called.
+
+    Uses ``_compiled_call_impl``. If that goes, training and evaluation end with an AttributeError before they begin.
+    """
+    return model._compiled_call_impl is not None
+
+
+def compile_ddp_whole() -> None:
+    """Let torch.compile leave a model inside DistributedDataParallel in one piece, where it would cut it into buckets.
+
+    Uses ``torch._dynamo.config``. If the setting goes, a compiled model that recomputes ends with an AttributeError.
+    """
+    torch._dynamo.config.optimize_ddp = False
+
+
+def timm_converter(model: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
+    """What renames the weights of a model's authors to timm's names; None where timm has no such thing.
+
+    Uses the function ``checkpoint_filter_fn`` of the model's file. If it gets another name, weights that were not saved
+    by timm do not fit the model any more: an error that names the first missing key.
+    """
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
+def replace_operations(policy: Callable, replacement: Callable[[str], Callable]) -> set[str]:
+    """Let timm's RandAugment or AutoAugment call ``replacement(name)`` where it would carry out an operation.
+
+    It is called with what is to be augmented, the operation's arguments, and keywords. Returns the operations' names.
+    Uses the attributes ``ops`` and ``policy`` of the policies, and ``name`` and ``aug_fn`` of their operations. If one
+    goes, augmentation on the device ends with an AttributeError; if ``aug_fn`` is no longer what is called, with an
+    error in Pillow, which gets no image.
+
+    Raises:
+        TypeError: the policy does not consist of operations one after another (AugMix).
+    """
+    from timm.data.auto_augment import AutoAugment, RandAugment  # takes its time to load
+
+    if isinstance(policy, RandAugment):
+        operations = list(policy.ops)
+    elif isinstance(policy, AutoAugment):
+        operations = [operation for part in policy.policy for operation in part]
+    else:
+        raise TypeError(f"{type(policy).__name__} does not consist of operations")
+    for operation in operations:
+        operation.aug_fn = replacement(operation.name)
+    return {operation.name for operation in operations}
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments that have been added to a parser.
+
+    Uses ``_actions``. If that goes, every command line with a flag ends with an AttributeError.
+    """
+    return parser._actions
+
+
+def name_in_python_3(module: str, name: str) -> tuple[str, str]:
+    """What a module and a name in it, written by Python 2 or for it, are called in Python 3.
+
+    Uses the tables of ``_compat_pickle``. If they go, nothing starts; if they lose a name, so do files that torch has
+    written: they are then refused.
+    """
+    return NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
