@@ -3,7 +3,7 @@
 # It may be run again: a training that was stopped carries on, one that is done is only evaluated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
+. scripts/environment.sh requirements-quickstart.txt
 
 python scripts/make_digits.py quickstart/digits
 # 1, 2, 4, 8 ... processes, which divide the 32 images of a step: one for each GPU, or two on the CPU

@@ -13,17 +13,17 @@ case "${1:-}" in
 --oldest)
     shift
     versions=oldest
-    . scripts/environment.sh
+    . scripts/environment.sh requirements-dev.txt
     exec python -m pytest -n 2 -m "not slow" "$@"
     ;;
 --all)
     shift
-    . scripts/environment.sh
+    . scripts/environment.sh requirements-dev.txt
     python -m pytest -n 2 "$@"
     bash scripts/test.sh --oldest "$@" || [ $? -eq 5 ] # which says that all tests that were asked for are slow ones
     ;;
 *)
-    . scripts/environment.sh
+    . scripts/environment.sh requirements-dev.txt
     exec python -m pytest -n 2 -m "not slow" "$@"
     ;;
 esac
