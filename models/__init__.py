@@ -1,4 +1,4 @@
-"""The networks. Importing this package registers every CrossFormer variant with timm."""
+"""The networks; reference.py is the one to read first. Importing this package registers every variant with timm."""
 
 from models import crossformer
 from models.build import build_model, left_out

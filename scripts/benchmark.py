@@ -15,7 +15,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # for the plain implementation
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import CHOICES

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio, within_memory
-from scripts.benchmarks.counting import count_kernels, moved_bytes, saved_bytes
+from utils.counting import count_kernels, moved_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 SMALL = ("--image-size", "64", "--repeats", "2")

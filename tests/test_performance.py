@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from plain_crossformer import plain
 from test_crossformer import fill, images
 from torch import nn
 from torch._dynamo.utils import counters
@@ -14,7 +13,8 @@ from torch._dynamo.utils import counters
 from config import build_config
 from engine.train import train
 from models.crossformer import VARIANTS
-from scripts.benchmarks.counting import count_kernels, saved_bytes
+from models.reference import plain
+from utils.counting import count_kernels, saved_bytes
 
 CPU = torch.device("cpu")
 TARGETS = torch.arange(2)

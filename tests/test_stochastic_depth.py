@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.crossformer.stochastic_depth import add_branch, computed_images, draw_branches
-from scripts.benchmarks.counting import saved_bytes
+from utils.counting import saved_bytes
 
 CPU = torch.device("cpu")
 

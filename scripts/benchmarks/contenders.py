@@ -4,7 +4,6 @@ from functools import cache
 
 import timm
 import torch
-from plain_crossformer import plain
 from torch import nn
 
 import models  # noqa: F401  (registers the variants with timm)
@@ -12,10 +11,11 @@ from config import build_config
 from engine.model import giga_macs
 from engine.precision import Precision, choose_precision
 from models.crossformer import VARIANTS
+from models.reference import plain
 from utils.errors import UserError, did_you_mean
 
 PLAIN = "plain_"
-"""Before the name of a variant: its plain implementation, tests/plain_crossformer.py."""
+"""Before the name of a variant: its plain implementation, models/reference.py."""
 
 PEERS = {
     "swin_tiny": "swin_tiny_patch4_window7_224",

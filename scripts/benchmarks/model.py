@@ -30,7 +30,7 @@ from scripts.benchmarks.common import (
     within_memory,
     write_report,
 )
-from scripts.benchmarks.counting import count_kernels, moved_bytes, saved_bytes
+from utils.counting import count_kernels, moved_bytes, saved_bytes
 
 KINDS = ("inference", "training")
 SECONDS_PER_MEASUREMENT = 0.2

@@ -36,7 +36,7 @@ from scripts.benchmarks.common import (
     within_memory,
     write_report,
 )
-from scripts.benchmarks.counting import saved_bytes
+from utils.counting import saved_bytes
 from utils.errors import UserError, did_you_mean
 from utils.meters import DeviceMeters
 from utils.randomness import seed_everything

@@ -1,14 +1,14 @@
-"""The networks against an implementation that is written for clarity (plain_crossformer.py)."""
+"""The networks against an implementation that is written for clarity, models/reference.py."""
 
 import pytest
 import timm
 import torch
-from plain_crossformer import plain
 from test_crossformer import fill, images
 from torch import nn
 
 from models.crossformer import VARIANTS, network
 from models.crossformer.stochastic_depth import Branches, add_branch, draw_branches
+from models.reference import plain
 
 AT_224 = ("crossformer_small", "crossformerpp_small")
 

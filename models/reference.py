@@ -1,7 +1,8 @@
-"""CrossFormer and CrossFormer++ as the papers write them: eager, one operation after the other, and nothing kept.
+"""CrossFormer and CrossFormer++ as the papers write them: read this before the fast network in ``models.crossformer``.
 
-What tests compare ``models.crossformer`` with, and what benchmarks race it against: weights load from one into the
-other. Attention is an explicit softmax, and every block works out its position bias anew in every call.
+Nothing here is optimised: attention is an explicit softmax, every block computes its position bias in every call, and
+all branches are computed, dropped or not. The fast network has the same weights under the same names; tests compare
+its outputs and gradients with these, and ``scripts/benchmark.py`` its speed. Token maps are ``(B, H, W, C)``.
 Sources: CrossFormer, arXiv 2108.00154; CrossFormer++, arXiv 2303.06908.
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -16,7 +18,11 @@ from models.crossformer import CROSSFORMERPP, VARIANTS
 
 
 def offsets_within(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The distinct (dy, dx) of two tokens of a group, ``(offsets, 2)``, and which of them a pair has, ``(N, N)``."""
+    """List the distinct offsets (dy, dx) between two tokens of a group, and find the one of each pair.
+
+    Returns:
+        the offsets, ``((2 * rows - 1) * (2 * columns - 1), 2)``, and the index of that of each pair, ``(N, N)``.
+    """
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     y, x = y.flatten(), x.flatten()
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
@@ -35,6 +41,7 @@ class DynamicPositionBias(nn.Module):
         self.pos3 = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), nn.Linear(dim, num_heads))
 
     def forward(self, offsets: Tensor) -> Tensor:
+        """``(offsets, 2)`` to ``(offsets, heads)``."""
         return self.pos3(self.pos2(self.pos1(self.pos_proj(offsets))))
 
 
@@ -52,23 +59,28 @@ class Attention(nn.Module):
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, x: Tensor, rows: int, columns: int, is_token: Tensor | None) -> Tensor:
-        """Tokens ``(B, groups, N, C)``, N = rows * columns; ``is_token``, ``(groups, N)``, where some are padding."""
+        """Attend within each group, ``(B, groups, N, C)`` to the same shape.
+
+        Args:
+            rows, columns: of a group; N is their product.
+            is_token: ``(groups, N)``, False for padding, which nobody attends to; None where there is none.
+        """
         offsets, index = self.offsets, self.index
         if (rows, columns) != (self.group_size, self.group_size):
             offsets, index = (t.to(x.device) for t in offsets_within(rows, columns))
-        batch, groups, n, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, groups, n, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind()
-        bias = self.pos(offsets)[index.flatten()].reshape(n, n, self.num_heads).permute(2, 0, 1)
+        q, k, v = rearrange(self.qkv(x), "b groups n (three h d) -> three b groups h n d", three=3, h=self.num_heads)
+        bias = rearrange(self.pos(offsets)[index.flatten()], "(n m) h -> h n m", n=rows * columns)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
         if is_token is not None:
             # The smallest number and not -inf: a group of nothing but padding, which is cut off, must not become NaN
             scores = scores.masked_fill(~is_token[:, None, None, :], torch.finfo(scores.dtype).min)
         out = scores.softmax(dim=-1) @ v
-        return self.proj(out.transpose(2, 3).reshape(batch, groups, n, dim))
+        return self.proj(rearrange(out, "b groups h n d -> b groups n (h d)"))
 
 
 class Mlp(nn.Module):
+    """Two linear layers with four times the channels between them, and an exact GELU."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -79,7 +91,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Section 3.2: attention at short (interval 1) or long distance, and an MLP; ``acl``: section 3.4 of the second."""
+    """Pre-norm attention at short (interval 1) or long distance, and a pre-norm MLP.
+
+    Sources: CrossFormer, section 3.2; the amplitude cooling layer (ACL), CrossFormer++, section 3.4.
+    """
 
     def __init__(self, dim: int, num_heads: int, group_size: int, interval: int, drop_path: float, acl: bool):
         super().__init__()
@@ -92,36 +107,36 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim)
 
-    def attend(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        rows = columns = self.group_size
-        i = self.interval
-        if min(height, width) <= self.group_size:
-            rows, columns, i = height, width, 1
-        bottom, right = -height % (rows * i), -width % (columns * i)
-        is_token = None
-        if bottom or right:
-            is_token = F.pad(x.new_ones(1, height, width, 1), (0, 0, 0, right, 0, bottom))
-            is_token = self.group(is_token, rows, columns, i).reshape(-1, rows * columns) > 0
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        groups = self.group(x, rows, columns, i)
-        tokens = self.attn(groups.reshape(batch, -1, rows * columns, dim), rows, columns, is_token)
-        x = tokens.reshape(groups.shape).permute(0, 1, 5, 3, 2, 6, 4, 7).reshape(x.shape)
-        return x[:, :height, :width]
-
-    @staticmethod
-    def group(x: Tensor, rows: int, columns: int, i: int) -> Tensor:
-        """``(B, H, W, C)`` to ``(B, down, across, i, i, rows, columns, C)``: tokens i apart belong together."""
-        batch, height, width, dim = x.shape
-        x = x.reshape(batch, height // (rows * i), rows, i, width // (columns * i), columns, i, dim)
-        return x.permute(0, 1, 4, 3, 6, 2, 5, 7)
-
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to the same shape."""
         x = x + self.drop_path(self.attend(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Cut the map into groups of tokens that lie ``interval`` apart, attend, and put the tokens back.
+
+        A map no larger than a group is one group; any other is padded on the right and at the bottom until it divides.
+        """
+        height, width = x.shape[1:3]
+        rows, columns, interval = self.group_size, self.group_size, self.interval
+        if min(height, width) <= self.group_size:
+            rows, columns, interval = height, width, 1
+        sizes = dict(gh=rows, gw=columns, ih=interval, iw=interval)
+        to_groups = "b (rh gh ih) (rw gw iw) c -> b (rh rw ih iw) (gh gw) c"
+
+        bottom, right = -height % (rows * interval), -width % (columns * interval)
+        is_token = None
+        if bottom or right:
+            is_token = F.pad(x.new_ones(1, height, width, 1), (0, 0, 0, right, 0, bottom))
+            is_token = rearrange(is_token, to_groups, **sizes)[0, :, :, 0] > 0
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        down = x.shape[1] // (rows * interval)
+        tokens = self.attn(rearrange(x, to_groups, **sizes), rows, columns, is_token)
+        x = rearrange(tokens, "b (rh rw ih iw) (gh gw) c -> b (rh gh ih) (rw gw iw) c", rh=down, **sizes)
+        return x[:, :height, :width]
 
 
 class PatchEmbed(nn.Module):
@@ -134,11 +149,12 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` to ``(B, H / 4, W / 4, C)``."""
         return self.norm(torch.cat([proj(x) for proj in self.projs], dim=1).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """Section 3.1, between two stages."""
+    """Section 3.1, between two stages: half the height and width, twice the channels."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -146,11 +162,14 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` to ``(B, H / 2, W / 2, 2 C)``."""
         x = self.norm(x).permute(0, 3, 1, 2)
         return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)
 
 
 class Stage(nn.Module):
+    """The blocks of one resolution, and the way to the next."""
+
     def __init__(self, blocks: list[Block], downsample: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -163,6 +182,8 @@ class Stage(nn.Module):
 
 
 class PlainCrossFormer(nn.Module):
+    """CrossFormer, or with ``amplitude_cooling`` CrossFormer++; arguments as those of ``models.crossformer``."""
+
     def __init__(
         self,
         embed_dim: int,
@@ -198,6 +219,6 @@ class PlainCrossFormer(nn.Module):
 
 
 def plain(name: str, **overrides) -> PlainCrossFormer:
-    """The variant that timm knows by ``name``, without its initial weights: load those of the other one."""
+    """Build the variant that timm knows by ``name``; for initial weights load those of timm's model."""
     progressive = CROSSFORMERPP if name.startswith("crossformerpp") else {}
     return PlainCrossFormer(**{**VARIANTS[name], **progressive, **overrides})
