@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_tensors
-from runs import RANDOM, Run, assert_same_run, checkpoint
+from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
 from torch.distributed import TCPStore
 
 
@@ -26,7 +26,7 @@ def test_killed_again_and_again(tmp_path, digits, kills):
         *TINY_RUN, *RANDOM, "TRAIN.EPOCHS", epochs, "DATA.NUM_WORKERS", "1", "TRAIN.EVAL_EVERY_EPOCHS", "4",
         "--data-path", digits, "--batch-size", "12",
     )  # fmt: skip
-    Run(tmp_path, *flags, "--tag", "whole").finish()
+    undisturbed_run(tmp_path, *flags, "--tag", "whole")
     rng = random.Random(kills)
     saved = []
     for _ in range(kills):
@@ -39,7 +39,7 @@ def test_killed_again_and_again(tmp_path, digits, kills):
     assert saved == sorted(saved)
     assert saved[-1] < 6 * epochs, "it was killed while it ran"
     assert saved[-1] > 0
-    assert f"after step {saved[-1]}" in Run(tmp_path, *flags).finish()
+    assert f"after step {saved[-1]}" in undisturbed_run(tmp_path, *flags)
     assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
     assert_same_run(checkpoint(tmp_path, "whole", "best"), checkpoint(tmp_path, "run", "best"))
     print(f"{kills} kills after steps {saved} of {6 * epochs}")
@@ -54,7 +54,7 @@ RARELY_SAVED = ("--opts", "TRAIN.SAVE_EVERY_STEPS", "0")
 def undisturbed(tmp_path_factory, digits) -> dict:
     """What a whole run of TWO ends with."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    Run(folder, *TWO, *RARELY_SAVED, "--data-path", digits, launcher=TORCHRUN).finish()
+    undisturbed_run(folder, *TWO, *RARELY_SAVED, "--data-path", digits, nproc=2)
     return checkpoint(folder, "run")
 
 
@@ -139,7 +139,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, digits):
     """Files cannot grow beyond 1 MB from step 8 on, and can again from step 20 on."""
     flags = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "6", "TRAIN.SAVE_EVERY_STEPS", "3", "--data-path", digits)
     flags = (*flags, "--batch-size", "12")
-    Run(tmp_path, *flags, "--tag", "whole").finish()
+    undisturbed_run(tmp_path, *flags, "--tag", "whole")
     run = Run(tmp_path, *flags)
     folder = tmp_path / "output" / "crossformer_micro" / "run" / "checkpoints"
     unlimited = resource.RLIM_INFINITY
