@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = (
-    "engine.train", "engine.evaluate", "engine.throughput", "engine.report", "predict", "utils.event_file",
+    "engine.train", "engine.evaluate", "engine.throughput", "tasks.report", "predict", "utils.event_file",
     "concurrent.futures.process",
 )  # fmt: skip
 """With all that these import, most of a command's start is done."""
