@@ -1,15 +1,14 @@
-"""What several test files use: small folders of real images, and the real command line in a subprocess."""
+"""What several test files use: small folders of real images, and the real command line in processes of its own."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import start
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -21,6 +20,11 @@ TINY_RUN = (
     "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "PRINT_FREQ", "1",
 )  # fmt: skip
 """Flags of a run of a few steps; more ``--opts`` may follow."""
+
+
+def quick(values: Iterable, those: Container) -> list:
+    """The parameters of a test, of which only those are for the quick tier."""
+    return [value if value in those else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def write_digits(folder: Path, count: int) -> Path:
@@ -74,16 +78,8 @@ class Result:
 def run_main(tmp_path):
     """Start ``main.py`` as a user does, under ``torchrun`` for several processes; results go to ``tmp_path``."""
 
-    def run(*arguments, nproc: int = 1, ok: bool = True, tag: str = "run", **environment) -> Result:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc > 1 else []
-        done = subprocess.run(
-            [sys.executable, *launcher, "main.py", *map(str, arguments), "--output", str(tmp_path / "output")],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def run(*arguments, ok: bool = True, tag: str = "run", **how) -> Result:
+        done = start("main.py", *arguments, "--output", tmp_path / "output", **how)
         result = Result(done.returncode, done.stdout, done.stderr, tmp_path / "output" / "crossformer_micro" / tag)
         assert not ok or result.status == 0, result.stdout + result.stderr
         return result

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import start
 from conftest import ROOT
 from PIL import Image
 from torch import nn
@@ -25,8 +26,7 @@ SMALL = ("--image-size", "64", "--repeats", "2")
 
 
 def run_benchmark(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/benchmark.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return start("scripts/benchmark.py", *arguments)
 
 
 def figures(folder: Path, what: str) -> dict:
@@ -104,8 +104,7 @@ def test_checkpoint(everything):
 
 
 def run_report(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/benchmarks/report.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return start("scripts/benchmarks/report.py", *arguments)
 
 
 def test_report(everything, tmp_path):
@@ -196,8 +195,7 @@ def test_what_a_user_can_mend(monkeypatch, capsys, tmp_path, arguments, message)
 )
 def test_what_shows_once_it_has_begun(tmp_path, arguments, message):
     (tmp_path / "file").touch()
-    command = [sys.executable, ROOT / "scripts" / "benchmark.py", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = start(ROOT / "scripts" / "benchmark.py", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr

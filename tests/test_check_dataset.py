@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import start
 from conftest import ROOT
 from make_layouts import LAYOUTS
 from PIL import Image
@@ -18,8 +19,7 @@ from PIL import Image
 from config import build_config
 from tasks.classification import Classification
 
-COMMAND = (sys.executable, "scripts/check_dataset.py", "--workers", "2")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+COMMAND = ("scripts/check_dataset.py", "--workers", "2")
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (10, 50, 220)
 KINDS = {
     "unreadable", "empty", "truncated", "broken", "other_format", "cmyk", "grey", "more_than_8_bits", "palette",
@@ -57,8 +57,7 @@ def stem(name: str) -> str:
 @pytest.fixture
 def check(tmp_path):
     def run(folder: Path, *arguments: str) -> Check:
-        command = [*COMMAND, "--data-path", str(folder), "--output", str(tmp_path / "out"), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        done = start(*COMMAND, "--data-path", folder, "--output", tmp_path / "out", *arguments)
         assert "Traceback" not in done.stderr, done.stderr
         return Check(done.returncode, done.stdout, done.stderr, tmp_path / "out")
 
@@ -272,7 +271,7 @@ def test_a_mistake_is_one_line(digits, tmp_path, arguments, message):
     arguments = [argument.format(data=digits) for argument in arguments]
     if "--output" in arguments:
         arguments[-1] = str(tmp_path / "file")
-    done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = start(*COMMAND, *arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -286,9 +285,9 @@ def long_check(tmp_path):
     for i in range(1, 3000):
         (tmp_path / "data" / "train" / "a" / f"{i}.png").hardlink_to(tmp_path / "data" / "train" / "a" / "0.png")
     process = subprocess.Popen(
-        [*COMMAND, "--data-path", str(tmp_path / "data"), "--output", str(tmp_path / "out")],
+        [sys.executable, *COMMAND, "--data-path", str(tmp_path / "data"), "--output", str(tmp_path / "out")],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,13 +3,13 @@
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from commands import start
 from conftest import ROOT, write_digits
 
 import main
@@ -51,8 +51,7 @@ def place(tmp_path_factory) -> Path:
         moved = root / "imagenet" / "val" / path.relative_to(root / "imagenet" / "train")
         moved.parent.mkdir(parents=True, exist_ok=True)
         path.rename(moved)
-    prepare = [sys.executable, "scripts/prepare_imagenet.py", "imagenet"]
-    subprocess.run([*prepare, "zips", "--zip"], cwd=root, check=True, capture_output=True)
+    start("scripts/prepare_imagenet.py", "imagenet", "zips", "--zip", cwd=root).check_returncode()
     for path in (root / "zips").glob("*_map.txt"):
         shutil.copy(path, root / "imagenet")
         shutil.copy(path.with_name(path.name.replace("_map.txt", ".zip")), root / "imagenet")
@@ -115,9 +114,7 @@ SHORT = {
 
 def run(words: list[str], place: Path) -> None:
     short = SHORT.get(" ".join(words[:2]), "").split()
-    done = subprocess.run(
-        [sys.executable, *in_place(words, place), *short], cwd=place, capture_output=True, text=True, timeout=240
-    )
+    done = start(*in_place(words, place), *short, cwd=place)
     assert done.returncode == 0, done.stderr
 
 

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from commands import start
 from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
@@ -63,7 +64,7 @@ def test_a_graph_computes_the_same_logits(tmp_path, form, suffix, batch):
     """By the real command line, whose output is these four lines and nothing of the exporters'."""
     file, to = save_checkpoint(tmp_path / "best.pth", **NARROW), tmp_path / f"best.{suffix}"
     flags = ["--checkpoint", file, "--format", form, "--image-size", "96", "64", *["--dynamic-batch"] * (batch > 1)]
-    done = subprocess.run([sys.executable, "scripts/export.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    done = start("scripts/export.py", *flags, fresh=form == "torch_export")
     assert (done.returncode, done.stderr) == (0, "")
     takes, timed = ("batches of any size", 8) if batch > 1 else ("one image", 1)
     assert re.sub(r"\d+\.\d+(e[-+]\d+)?", "N", done.stdout) == (
@@ -80,9 +81,7 @@ def test_packages_that_do_not_fit_torch_are_named(tmp_path):
     file = save_checkpoint(tmp_path / "best.pth", **NARROW)
     (tmp_path / "site" / "onnxscript").mkdir(parents=True)
     (tmp_path / "site" / "onnxscript" / "__init__.py").touch()
-    command = [sys.executable, "scripts/export.py", "--checkpoint", file, "--format", "onnx"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = start("scripts/export.py", "--checkpoint", file, "--format", "onnx", PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 2
     said = r"error: --format onnx: its packages do not fit torch \S+ \(.*'onnxscript.*\); pip install --upgrade .*\n"
     assert re.fullmatch(said, done.stderr)

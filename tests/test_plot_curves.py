@@ -1,15 +1,12 @@
 """Drawing a run's curves."""
 
 import json
-import subprocess
-import sys
 
-from conftest import ROOT
+from commands import start
 
 
-def plot(folder):
-    command = [sys.executable, "scripts/plot_curves.py", str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def plot(folder, **how):
+    return start("scripts/plot_curves.py", folder, **how)
 
 
 def test_curves_of_a_run_with_gaps(tmp_path):
@@ -23,7 +20,7 @@ def test_curves_of_a_run_with_gaps(tmp_path):
         {**evaluation, "weights": "model", "step": None, "checkpoint": "other.pth"},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    done = plot(tmp_path)
+    done = plot(tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

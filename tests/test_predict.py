@@ -2,16 +2,14 @@
 
 import csv
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from commands import start
 from PIL import Image
 
 from config import build_config
@@ -20,8 +18,6 @@ from data.decoding import decode
 from predict import main
 
 CLASSES = [f"digit [{i}]\té" for i in range(10)]
-COMMAND = (sys.executable, "predict.py", "--device", "cpu")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +33,8 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def run(*arguments) -> subprocess.CompletedProcess:
-    command = [*COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+def run(*arguments, fresh: bool = False) -> subprocess.CompletedProcess:
+    done = start("predict.py", "--device", "cpu", *arguments, fresh=fresh)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -98,7 +93,7 @@ def test_bad_images_are_skipped_and_named(checkpoint, digits, tmp_path):
 
 
 def test_sheet(checkpoint, digits, tmp_path):
-    done = run("--checkpoint", checkpoint, digits / "train", "--sheet", tmp_path / "sheet.png")
+    done = run("--checkpoint", checkpoint, digits / "train", "--sheet", tmp_path / "sheet.png", fresh=True)
     assert (done.returncode, done.stderr) == (0, "")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (8 * (224 + 6 * 22 + 30 + 12) + 22 + 24, 8 * (224 + 24 + 12) + 12, 3)  # 60 of 72 images

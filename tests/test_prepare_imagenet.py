@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import start
 from conftest import ROOT, Result
 from make_layouts import LAYOUTS, add, images_of
 from PIL import Image
@@ -25,12 +26,11 @@ from data.build import open_images
 
 
 def command(*arguments) -> list[str]:
-    return [sys.executable, "scripts/prepare_imagenet.py", *map(str, arguments), "--workers", "2"]
+    return ["scripts/prepare_imagenet.py", *map(str, arguments), "--workers", "2"]
 
 
 def prepare(*arguments, status: int = 0) -> Result:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = start(*command(*arguments))
     assert done.returncode == status, done.stderr
     return Result(done.returncode, done.stdout, done.stderr, ROOT)
 
@@ -125,7 +125,8 @@ def test_larger_images_are_resized(source, tmp_path):
 
 def test_a_kill_loses_only_the_shards_that_were_not_finished(source, shards, tmp_path):
     out = tmp_path / "out"
-    running = subprocess.Popen(command(source, out, "--images-per-shard", "8"), cwd=ROOT, start_new_session=True)
+    begin = [sys.executable, *command(source, out, "--images-per-shard", "8")]
+    running = subprocess.Popen(begin, cwd=ROOT, start_new_session=True)
     while not list(out.rglob("*.tar")):
         assert running.poll() is None
         time.sleep(0.002)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from commands import start
 from conftest import ROOT, assert_same_tensors
 
 RANDOM = (
@@ -43,7 +44,9 @@ class Run:
         while self.said().count(text) < times:
             if self.process.poll() is not None:
                 return self.said().count(text) >= times
-            assert time.monotonic() < deadline, self.said()
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(self.said())
             time.sleep(0.005)
         return True
 
@@ -74,6 +77,13 @@ class Run:
     def pid_of_rank(self, rank: int) -> int:
         """The process that torchrun has started as that rank."""
         return next(pid for pid, environment in self.processes().items() if f"RANK={rank}" in environment)
+
+
+def undisturbed_run(tmp_path: Path, *arguments, nproc: int = 1) -> str:
+    """What a run says that nobody kills or stops; it may carry on one that somebody has."""
+    done = start("main.py", *arguments, "--output", tmp_path / "output", nproc=nproc)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def checkpoint(tmp_path: Path, tag: str, name: str = "last") -> dict:

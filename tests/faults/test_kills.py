@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, assert_same_tensors
-from runs import RANDOM, Run, assert_same_run, checkpoint
+from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
 from torch.distributed import TCPStore
+
+from engine.step import StepResult, TrainStep
+from main import main
+from tasks.classification import Classification
 
 
 @pytest.mark.slow  # test_sweep.py has a few kills that take less time
@@ -26,7 +30,7 @@ def test_killed_again_and_again(tmp_path, digits, kills):
         *TINY_RUN, *RANDOM, "TRAIN.EPOCHS", epochs, "DATA.NUM_WORKERS", "1", "TRAIN.EVAL_EVERY_EPOCHS", "4",
         "--data-path", digits, "--batch-size", "12",
     )  # fmt: skip
-    Run(tmp_path, *flags, "--tag", "whole").finish()
+    undisturbed_run(tmp_path, *flags, "--tag", "whole")
     rng = random.Random(kills)
     saved = []
     for _ in range(kills):
@@ -39,7 +43,7 @@ def test_killed_again_and_again(tmp_path, digits, kills):
     assert saved == sorted(saved)
     assert saved[-1] < 6 * epochs, "it was killed while it ran"
     assert saved[-1] > 0
-    assert f"after step {saved[-1]}" in Run(tmp_path, *flags).finish()
+    assert f"after step {saved[-1]}" in undisturbed_run(tmp_path, *flags)
     assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
     assert_same_run(checkpoint(tmp_path, "whole", "best"), checkpoint(tmp_path, "run", "best"))
     print(f"{kills} kills after steps {saved} of {6 * epochs}")
@@ -54,7 +58,7 @@ RARELY_SAVED = ("--opts", "TRAIN.SAVE_EVERY_STEPS", "0")
 def undisturbed(tmp_path_factory, digits) -> dict:
     """What a whole run of TWO ends with."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    Run(folder, *TWO, *RARELY_SAVED, "--data-path", digits, launcher=TORCHRUN).finish()
+    undisturbed_run(folder, *TWO, *RARELY_SAVED, "--data-path", digits, nproc=2)
     return checkpoint(folder, "run")
 
 
@@ -139,7 +143,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, digits):
     """Files cannot grow beyond 1 MB from step 8 on, and can again from step 20 on."""
     flags = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "6", "TRAIN.SAVE_EVERY_STEPS", "3", "--data-path", digits)
     flags = (*flags, "--batch-size", "12")
-    Run(tmp_path, *flags, "--tag", "whole").finish()
+    undisturbed_run(tmp_path, *flags, "--tag", "whole")
     run = Run(tmp_path, *flags)
     folder = tmp_path / "output" / "crossformer_micro" / "run" / "checkpoints"
     unlimited = resource.RLIM_INFINITY
@@ -168,60 +172,51 @@ def test_a_disk_that_stays_full(tmp_path, digits):
     assert not list((tmp_path / "output").rglob("*.pth*"))
 
 
-NAN = """
-import sys
-from engine.step import StepResult, TrainStep
-from main import main
-from tasks.classification import Classification
+@pytest.fixture
+def train_badly(monkeypatch, tmp_path):
+    """Train in this process; in some steps the loss is NaN, or they are left out."""
 
-kind, steps = sys.argv[1], set(map(int, sys.argv[2].split(",")))
-calls = 0
-loss_of, update_of = Classification.loss, TrainStep.update
+    def run(kind: str, steps: set[int], *arguments) -> int:
+        calls = 0
+        loss_of, update_of = Classification.loss, TrainStep.update
 
-def loss(self, model, batch):
-    global calls
-    calls += 1
-    value, terms = loss_of(self, model, batch)
-    return value * float("nan") if calls in steps and kind == "nan" else value, terms
+        def loss(self, model, batch):
+            nonlocal calls
+            calls += 1
+            value, terms = loss_of(self, model, batch)
+            return value * float("nan") if calls in steps and kind == "nan" else value, terms
 
-def update(self, value, terms):
-    if kind == "left out" and calls in steps:
-        self.optimizer.zero_grad()
-        return StepResult(value, terms, value * 0, value * 0)
-    return update_of(self, value, terms)
+        def update(self, value, terms):
+            if kind == "left out" and calls in steps:
+                self.optimizer.zero_grad()
+                return StepResult(value, terms, value * 0, value * 0)
+            return update_of(self, value, terms)
 
-Classification.loss, TrainStep.update = loss, update
-sys.exit(main(sys.argv[3:]))
-"""
+        with monkeypatch.context() as patch:
+            patch.setattr(Classification, "loss", loss)
+            patch.setattr(TrainStep, "update", update)
+            return main([*map(str, arguments), "--output", str(tmp_path / "output")])
 
-
-def run_with(kind: str, steps: str, tmp_path: Path, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", NAN, kind, steps, *map(str, arguments), "--output", str(tmp_path / "output")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    return run
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_a_bad_batch_is_as_if_it_had_not_been(tmp_path, digits, optimizer):
+def test_a_bad_batch_is_as_if_it_had_not_been(train_badly, tmp_path, digits, optimizer, capsys):
     """NaN in the first step, in one in the middle and in two in a row: weights, optimizer and EMA stay clean."""
     flags = (*TINY_RUN, *RANDOM, "TRAIN.OPTIMIZER.NAME", optimizer, "--data-path", digits, "--batch-size", "12")
     for kind in ("nan", "left out"):
-        done = run_with(kind, "1,5,9,10", tmp_path, *flags, "--tag", kind.replace(" ", "_"))
-        assert done.returncode == 0, done.stderr
-    assert "4 steps skipped" in done.stdout
+        assert train_badly(kind, {1, 5, 9, 10}, *flags, "--tag", kind.replace(" ", "_")) == 0
+        assert "4 steps skipped" in capsys.readouterr().out
     a, b = checkpoint(tmp_path, "nan"), checkpoint(tmp_path, "left_out")
     assert all(torch.isfinite(value).all() for value in a["model"].values())
     a, b = ({k: v for k, v in content.items() if k != "config"} for content in (a, b))
     assert_same_tensors(a, b)
 
 
-def test_bad_batches_in_a_row_stop_the_run(tmp_path, digits):
+def test_bad_batches_in_a_row_stop_the_run(train_badly, tmp_path, digits, capsys):
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "6", "--data-path", digits)
-    steps = ",".join(map(str, [3, *range(8, 40)]))
-    done = run_with("nan", steps, tmp_path, *flags, "--batch-size", "12")
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert train_badly("nan", {3, *range(8, 40)}, *flags, "--batch-size", "12") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     results = tmp_path / "output" / "crossformer_micro" / "run"
     assert "20 steps in a row had gradients that are not finite, the last of them step 27 (loss nan)" in line
     assert str(results / "checkpoints" / "last.pth") in line

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_RUN
-from runs import RANDOM, Run, assert_same_run, checkpoint
+from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
 
 HANGING = """
 import os
@@ -71,8 +71,7 @@ def undisturbed(tmp_path_factory, digits) -> dict:
     ends = {}
     for nproc in (1, 2):
         folder = tmp_path_factory.mktemp("undisturbed")
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2") if nproc == 2 else ()
-        Run(folder, *FLAGS, "--data-path", digits, "--batch-size", 12 // nproc, launcher=launcher).finish()
+        undisturbed_run(folder, *FLAGS, "--data-path", digits, "--batch-size", 12 // nproc, nproc=nproc)
         ends[nproc] = checkpoint(folder, "run")
     return ends
 
@@ -158,7 +157,7 @@ def stop_and_carry_on(tmp_path, digits, undisturbed, number, target, phase, work
         step = checkpoint(tmp_path, "run")["step"]
         assert f"stopped by {name} after step {step}; the same command carries on" in run.said()
         assert step == 12 if phase == "evaluation" else step >= 8
-    said = Run(tmp_path, *flags, launcher=launcher_of(target)).finish()
+    said = undisturbed_run(tmp_path, *flags, nproc=nproc)
     assert phase == "index" or f"after step {step}" in said
     assert_same_run(undisturbed[nproc], checkpoint(tmp_path, "run"))
 

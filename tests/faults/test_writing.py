@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, assert_same_tensors
 from killing import curves, files_of
-from runs import RANDOM, Run
+from runs import RANDOM, Run, undisturbed_run
 
 from engine.checkpoints import Checkpoints
 from utils.checkpoint import read
@@ -30,7 +30,7 @@ FLAGS = (
 def whole(tmp_path_factory, digits):
     """All files of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
-    Run(folder, *FLAGS, "--data-path", digits).finish()
+    undisturbed_run(folder, *FLAGS, "--data-path", digits)
     return files_of(folder / "output" / "crossformer_micro" / "run")
 
 
@@ -82,7 +82,7 @@ def test_files_that_cannot_be_written(tmp_path, digits, whole):
         shutil.rmtree(folder / name) if name != "tensorboard" else os.unlink(folder / name)
         with suppress(FileNotFoundError):
             os.rename(tmp_path / os.path.basename(name), folder / name)
-    assert "done: best top-1" in Run(tmp_path, *flags).finish()
+    assert "done: best top-1" in undisturbed_run(tmp_path, *flags)
     assert_same_files(files_of(folder), whole)
     assert "step 18/18" in (folder / "log.txt").read_text()
 
