@@ -6,7 +6,7 @@ import torch
 from test_crossformer import fill, images
 from torch import nn
 
-from models.crossformer import VARIANTS, network
+from models.crossformer import VARIANTS, block
 from models.crossformer.stochastic_depth import Branches, add_branch, draw_branches
 from models.reference import plain
 
@@ -56,7 +56,7 @@ def test_same_stochastic_depth(batch, monkeypatch):
         drawn.extend(branches := draw_branches(*arguments))
         return branches
 
-    monkeypatch.setattr(network, "draw_branches", draw)
+    monkeypatch.setattr(block, "draw_branches", draw)
     x = images(3, batch, 3, 64, 64)
     out = model.train()(x)
     blocks = [block for stage in reference.layers for block in stage.blocks]
