@@ -1,4 +1,4 @@
-"""A third task in one file: tell an image's mean colour. ``python -m tests.mean_colour`` takes main.py's flags."""
+"""A third task in one file: tell an image's mean colour. ``python tests/mean_colour.py`` takes main.py's flags."""
 
 import sys
 

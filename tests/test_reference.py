@@ -59,9 +59,9 @@ def test_same_stochastic_depth(batch, monkeypatch):
     monkeypatch.setattr(block, "draw_branches", draw)
     x = images(3, batch, 3, 64, 64)
     out = model.train()(x)
-    blocks = [block for stage in reference.layers for block in stage.blocks]
-    for block, branches in zip(blocks, drawn, strict=True):
-        block.drop_path = Scale(branches, batch)
+    plain_blocks = [b for stage in reference.layers for b in stage.blocks]
+    for plain_block, branches in zip(plain_blocks, drawn, strict=True):
+        plain_block.drop_path = Scale(branches, batch)
     torch.testing.assert_close(out, reference(x), rtol=0, atol=1e-4)
     assert not torch.allclose(out, both("crossformer_micro", num_classes=10)[0](x), atol=1e-2)
 

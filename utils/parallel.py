@@ -1,4 +1,4 @@
-"""What differs when many devices train one model: wrapping, synchronising, whole state dicts, the gradient's norm."""
+"""What differs when many devices train one model: wrapping, synchronising, the gradient's norm."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,11 +31,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 def sync(model: nn.Module, on: bool) -> AbstractContextManager:
     """Let the backward pass in this block average the gradients over the ranks, or leave that to a later one."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else nullcontext()
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Give the whole weights under the plain model's names. Every rank must call it."""
-    return unwrap(model).state_dict()
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
