@@ -132,7 +132,7 @@ def test_classes_without_an_image_are_left_out(tmp_path):
     report = Report(["a", "b", "c"], torch.device("cpu"))
     logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [0.0, -1.0, 3.0]])
     for name in ("first", "again"):  # it starts afresh
-        report.add(logits, torch.tensor([0, 2, 0]), torch.arange(3))
+        report.add(logits, torch.tensor([0, 2, 0]))
         said = report.write(tmp_path / name)
         assert said.startswith("mean accuracy of the classes 75.00 %")
         assert rows_of(tmp_path / name / "per_class.csv")[1:] == [["a", "2", "1", "0.5"], ["c", "1", "1", "1.0"]]
@@ -238,6 +238,6 @@ def test_wandb_is_imported_only_when_asked_for(run_main, digits, tmp_path):
     (tmp_path / "wandb.py").write_text("raise ImportError('this is not the package')")
     flags = (*TINY_RUN, "--data-path", digits, "--batch-size", "36", "--opts")
     run_main(*flags, "TRAIN.EPOCHS", "2", PYTHONPATH=str(tmp_path))
-    refused = run_main(*flags, "LOG.WANDB", "mine", ok=False, PYTHONPATH=str(tmp_path))
+    refused = run_main(*flags, "LOG.WANDB", "mine", ok=False, fresh=True, PYTHONPATH=str(tmp_path))
     assert refused.status == 2
     assert "LOG.WANDB needs wandb: pip install wandb" in refused.error

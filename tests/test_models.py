@@ -23,6 +23,13 @@ from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+
+
+def model_of(config) -> torch.nn.Module:
+    """With three classes."""
+    return prepare_model(config, lambda: build_model(config, 3), CPU)
+
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -112,7 +119,7 @@ def test_the_rate_of_a_file_was_asked_for(capsys):
 @pytest.mark.parametrize("name", ["cait_xxs24_224", "pit_ti_224"])
 def test_counting_refuses_no_model(name):
     """A parameter that enters a module, as their class tokens do, is what torch's counter stumbles over."""
-    model = prepare_model(config_of(name, "MODEL.KWARGS", "{depth: 2}" if "cait" in name else "{}"), 3, CPU)
+    model = model_of(config_of(name, "MODEL.KWARGS", "{depth: 2}" if "cait" in name else "{}"))
     assert 0.1 < giga_macs(model, 224, CPU) < 3
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -133,17 +140,17 @@ def test_a_count_that_fails_is_unknown():
 def test_a_model_of_a_fixed_size(size):
     """It says which size it takes; with KWARGS it takes another."""
     with pytest.raises(UserError, match=r"DATA.IMG_SIZE .* does not take it: .*; it takes 224, or .*img_size: "):
-        check_image_size(prepare_model(config_of("pit_ti_224"), 3, CPU), size, CPU)
-    model = prepare_model(config_of("pit_ti_224", "MODEL.KWARGS", f"{{img_size: {size}}}"), 3, CPU)
+        check_image_size(model_of(config_of("pit_ti_224")), size, CPU)
+    model = model_of(config_of("pit_ti_224", "MODEL.KWARGS", f"{{img_size: {size}}}"))
     check_image_size(model, size, CPU)
 
 
 def test_batchnorm_on_one_image():
     """Where it has one value for a channel it cannot be trained; elsewhere it can, and others always."""
     with pytest.raises(UserError, match="normalises over the batch .* use --batch-size 2"):
-        check_smallest_batch(config := config_of("test_resnet", "DATA.IMG_SIZE", 32), prepare_model(config, 3, CPU), 1)
+        check_smallest_batch(config := config_of("test_resnet", "DATA.IMG_SIZE", 32), model_of(config), 1)
     config = config_of("test_resnet", "DATA.IMG_SIZE", 160)
-    model = prepare_model(config, 3, CPU)
+    model = model_of(config)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     check_smallest_batch(config, model, 1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

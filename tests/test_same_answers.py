@@ -15,7 +15,8 @@ import main
 import predict
 from config import build_config
 from scripts import export
-from tasks.trained import as_ids, load_trained
+from tasks.class_names import as_ids
+from tasks.trained import load_trained
 from utils.errors import UserError
 
 CLASSES = ["1", "10", "2"]  # in the order of their folders, which is not that of a person
