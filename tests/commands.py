@@ -6,6 +6,7 @@ the script as ``python SCRIPT`` does. Its environment is the one that is asked f
 they are imported is settled by then; a test that is about such things, or about signals, starts afresh.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -163,6 +164,7 @@ if __name__ == "__main__":
     assert len(os.listdir("/proc/self/task")) == 1, "a process with several threads cannot be forked safely"
     gc.freeze()  # else to collect garbage would copy the memory that the forks share
     sys.argv = serve(connection)
+    atexit.register(gc.unfreeze)  # or nothing would be torn down, of which some libraries complain
     more = [folder for folder in os.environ.get("PYTHONPATH", "").split(":") if folder and folder not in path]
     sys.path[:] = [str(Path(sys.argv[0]).resolve().parent), *more, *path]
     runpy.run_path(sys.argv[0], run_name="__main__")
