@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from data.augmentation import DeviceStage
 from data.dataset import BatchDataset, HostBatch, ImageDataset
 from data.ring import Ring, Slot
-from data.sampling import EvalBatches, Key, TrainBatches
+from data.sampling import EvalBatches, TrainBatches
 from utils.distributed import count_over_ranks
 from utils.errors import UserError
 from utils.processes import STOP_SIGNALS, end_with_parent
@@ -41,19 +41,6 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
     numbers: Tensor
-
-
-class _Numbered(Sampler[tuple[int, list[Key]]]):
-    """Batches with their numbers."""
-
-    def __init__(self, batches: TrainBatches | EvalBatches):
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[tuple[int, list[Key]]]:
-        return enumerate(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def _as_it_is(batch: HostBatch) -> HostBatch:
@@ -157,8 +144,8 @@ class _Loader:
             ring = Ring(blocks, (self.batches.batch_size, *self.size, 3))
         loader = DataLoader(
             BatchDataset(self.dataset, ring),
-            batch_size=None,  # the sampler's items are whole batches
-            sampler=_Numbered(self.batches),
+            batch_size=None,  # the sampler's items are whole batches, with their numbers
+            sampler=enumerate(self.batches),
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH_FACTOR if self.num_workers else None,
