@@ -11,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 from data.archive import MAX_CLASS_DIGITS, ArchiveIndex, Members, class_and_name
 from data.files import check_is_file, folders_above, is_data, is_image, list_folder, type_of
 from data.index import Layout, Scan
+from utils.compat import end_of_member, forget_members, tar_number
 from utils.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -42,7 +43,7 @@ class TarIndex(ArchiveIndex):
 def _size(header: bytes) -> int:
     """Take from a member's header the length that it states."""
     try:
-        return tarfile.nti(header[124:136])
+        return tar_number(header[124:136])
     except tarfile.HeaderError:
         return -1
 
@@ -230,19 +231,19 @@ def _read_to_end_mark(file: BinaryIO, path: Path, start: int, end: int) -> Gener
             raise damaged(str(error) or type(error).__name__) from error
         if member is None:
             break
-        tar.members = []  # it would keep them all
-        if not position <= member.offset < member.offset_data <= tar.offset or member.size < 0:
+        forget_members(tar)
+        if not position <= member.offset < member.offset_data <= end_of_member(tar) or member.size < 0:
             raise damaged("the next file lies before it")
         if member.offset_data + member.size > end:
             raise damaged(f"{member.name} reaches beyond the end")
-        position = tar.offset
+        position = end_of_member(tar)
         if is_data(member.name) and _is_file(member, path):
             yield member
-    file.seek(tar.offset)
-    if tar.offset + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # blocks of zeros mark the end
-        position = tar.offset
+    position = end_of_member(tar)
+    file.seek(position)
+    if position + BLOCK > end or file.read(BLOCK) != bytes(BLOCK):  # blocks of zeros mark the end
         raise damaged("here is neither a file nor an end mark")
-    return tar.offset
+    return position
 
 
 def _after_zeros(file: BinaryIO, position: int, end: int) -> int:

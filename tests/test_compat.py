@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import io
 import random
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,11 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.compat import (
     actions_of,
     compile_ddp_whole,
+    end_of_member,
+    forget_members,
     is_compiled,
     move_towards,
     name_in_python_3,
     replace_operations,
     skips_by_itself,
+    tar_number,
     tell_found_inf,
     timm_converter,
 )
@@ -107,6 +112,32 @@ def test_the_arguments_of_a_parser_are_known():
         ("help", ["-h", "--help"]),
         ("name", ["--long", "-l"]),
     ]
+
+
+def test_a_tar_file_is_read_member_by_member():
+    """An image of 600 bytes takes two blocks of 512 and a header of one; in the header 600 is octal 1130."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for size in (3, 600):
+            member = tarfile.TarInfo("image.jpg")
+            member.size = size
+            tar.addfile(member, io.BytesIO(bytes(size)))
+    archive.seek(0)
+    with tarfile.open(fileobj=archive) as tar:
+        for end, size in ((1024, 3), (2560, 600)):
+            member = tar.next()
+            assert end_of_member(tar) == end
+            assert tar_number(archive.getvalue()[member.offset :][124:136]) == size
+            forget_members(tar)
+        assert tar.next() is None
+        assert tar.getmembers() == []
+
+
+def test_a_field_of_a_tar_file_holds_a_number_or_none():
+    assert tar_number(b"00000001130\0") == 600
+    assert tar_number(b"\x80" + bytes(10) + b"\x07") == 7  # as GNU tar writes numbers that are large
+    with pytest.raises(tarfile.HeaderError):
+        tar_number(b"a picture of")
 
 
 def test_names_of_python_2_are_known():

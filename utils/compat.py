@@ -1,12 +1,13 @@
 """Every use of a part of a library that its makers may change without notice, for want of a public one.
 
 Each function says what breaks when that part goes, and how it would show; ``tests/test_compat.py`` tries each of them.
-(One more is where it is needed, since ``models/crossformer`` is used without this folder: ``Tensor._version``.)
+Two are elsewhere: ``Tensor._version`` in ``models/crossformer``, which is used without this folder, and what tells the
+operations of torch apart, which is all that ``utils/counting.py`` does.
 """
 
 import argparse
 import sys
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+import tarfile
 from collections.abc import Callable
 
 import torch
@@ -100,10 +101,41 @@ def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return parser._actions
 
 
+def tar_number(field: bytes) -> int:
+    """The number in a field of a tar file's header.
+
+    Uses ``tarfile.nti``; to read the whole header would take 20 times as long. If it goes, reading an image from a tar
+    file ends with an AttributeError.
+
+    Raises:
+        tarfile.HeaderError: there is none.
+    """
+    return tarfile.nti(field)
+
+
+def forget_members(tar: tarfile.TarFile) -> None:
+    """Let go of the members that have been read: tar files of millions of images would fill the memory.
+
+    Uses ``members``; what does it in public is there from Python 3.13 on (``stream``). If it goes, reading takes about
+    a kilobyte for each image.
+    """
+    tar.members = []
+
+
+def end_of_member(tar: tarfile.TarFile) -> int:
+    """Where the header of the next member begins, or at the end the mark.
+
+    Uses ``offset``. If that goes, looking through a tar file ends with an AttributeError.
+    """
+    return tar.offset
+
+
 def name_in_python_3(module: str, name: str) -> tuple[str, str]:
     """What a module and a name in it, written by Python 2 or for it, are called in Python 3.
 
-    Uses the tables of ``_compat_pickle``. If they go, nothing starts; if they lose a name, so do files that torch has
-    written: they are then refused.
+    Uses the tables of ``_compat_pickle``. If they go, no checkpoint can be read; if they lose a name, files of torch
+    that hold it are refused.
     """
+    from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+
     return NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
