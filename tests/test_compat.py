@@ -1,6 +1,5 @@
 """The private parts of libraries that the project uses are there, and do what it uses them for."""
 
-import argparse
 import copy
 import random
 
@@ -14,7 +13,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.compat import (
-    actions_of,
     compile_ddp_whole,
     is_compiled,
     move_towards,
@@ -98,15 +96,6 @@ def test_policies_call_what_stands_in_for_their_operations(make):
 def test_a_policy_that_blends_is_refused():
     with pytest.raises(TypeError, match="AugMixAugment does not consist of operations"):
         replace_operations(augment_and_mix_transform("augmix-m3", {}), lambda name: name)
-
-
-def test_the_arguments_of_a_parser_are_known():
-    parser = argparse.ArgumentParser()
-    parser.add_mutually_exclusive_group().add_argument("--long", "-l", dest="name")
-    assert [(action.dest, action.option_strings) for action in actions_of(parser)] == [
-        ("help", ["-h", "--help"]),
-        ("name", ["--long", "-l"]),
-    ]
 
 
 def test_names_of_python_2_are_known():

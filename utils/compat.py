@@ -4,7 +4,6 @@ Each function says what breaks when that part goes, and how it would show; ``tes
 (One more is where it is needed, since ``models/crossformer`` is used without this folder: ``Tensor._version``.)
 """
 
-import argparse
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
@@ -90,14 +89,6 @@ def replace_operations(policy: Callable, replacement: Callable[[str], Callable])
     for operation in operations:
         operation.aug_fn = replacement(operation.name)
     return {operation.name for operation in operations}
-
-
-def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The arguments that have been added to a parser.
-
-    Uses ``_actions``. If that goes, every command line with a flag ends with an AttributeError.
-    """
-    return parser._actions
 
 
 def name_in_python_3(module: str, name: str) -> tuple[str, str]:
