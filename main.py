@@ -1,8 +1,12 @@
-"""Train, evaluate or time a model: ``python main.py --cfg FILE [flags]``, or the same under ``torchrun``."""
+"""Train, evaluate or time a model: ``python main.py --cfg FILE [flags]``, or the same under ``torchrun``.
+
+What loads torch takes seconds, so it is imported where it is used: after the command line has been read.
+"""
 
 import argparse
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -10,20 +14,48 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-from config import build_config
-from engine.stopping import Stopped, StopRequest, is_launched
-from utils import distributed
-from utils.compat import actions_of
+from config import Config, build_config
 from utils.errors import Parser, UserError, did_you_mean
 from utils.names import printable
 from utils.processes import CTRL_C_STATUS, end_with_parent
+from utils.settings import listing
 from utils.surroundings import settle
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
+FLAGS = {
+    "--data-path": ("DATA.DATA_PATH", dict(metavar="DIR", help="folder of the data set (docs/data.md)")),
+    "--zip": (
+        "DATA.FORMAT",
+        dict(action="store_const", const="zip", help="read train.zip with train_map.txt, and val"),
+    ),
+    "--cache-mode": ("DATA.CACHE_MODE", dict(metavar="MODE", help="read the data into memory first: no, part or full")),
+    "--batch-size": ("DATA.BATCH_SIZE", dict(metavar="N", type=int, help="images of a process in a micro-batch")),
+    "--resume": ("MODEL.RESUME", dict(metavar="FILE", help="checkpoint to carry on from, or to evaluate")),
+    "--force-resume": ("TRAIN.FORCE_RESUME", dict(action="store_true", help="carry on with other data or settings")),
+    "--pretrained": ("MODEL.PRETRAINED", dict(metavar="FILE", help="checkpoint whose weights to start from")),
+    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", dict(metavar="N", type=int, help="micro-batches of a step")),
+    "--use-checkpoint": ("TRAIN.USE_CHECKPOINT", dict(action="store_true", help="recompute to save memory")),
+    "--disable_amp": ("AMP", dict(action="store_const", const="none", help="compute in single precision")),
+    "--report": ("TEST.REPORT", dict(action="store_true", help="--eval writes tables and a picture of its result")),
+    "--optim": ("TRAIN.OPTIMIZER.NAME", dict(metavar="NAME", help="adamw, sgd, fused_adam or fused_lamb")),
+    "--seed": ("SEED", dict(metavar="N", type=int, help="what every random choice is derived from")),
+    "--output": ("OUTPUT", dict(metavar="DIR", help="results go to OUTPUT/MODEL.NAME/TAG")),
+    "--tag": ("TAG", dict(metavar="NAME", help="name of the run")),
+}
+"""Flags that stand for a setting each, and how they are read."""
 
 SECONDS_FOR_RANK_0_TO_SPEAK = 5
 """torchrun ends all processes as soon as one has failed, so the silent ones wait."""
+
+
+class Settings(argparse.Action):
+    """Print the settings that have a word in them, and end; as ``--help`` does, whatever else is given."""
+
+    def __call__(self, parser, namespace, word, option_string=None) -> NoReturn:
+        with suppress(BrokenPipeError):  # whoever reads has seen enough
+            print(listing(Config, word), end="", flush=True)
+        parser.exit()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,57 +69,38 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--cfg", metavar="FILE", help="settings as YAML, for example configs/small.yaml")
     p.add_argument("--opts", metavar="KEY VALUE", nargs="+", action="extend", help="settings, for example AUG.MIXUP 0")
+    p.add_argument("--settings", metavar="WORD", nargs="?", const="", action=Settings, help="print what can be set")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate the checkpoint --resume FILE instead of training")
     mode.add_argument("--throughput", action="store_true", help="time the model on synthetic images; needs no data")
 
-    def flag(name: str, key: str, **kwargs) -> None:
-        p.add_argument(name, dest=key, **kwargs)
-
-    flag("--data-path", "DATA.DATA_PATH", metavar="DIR", help="folder of the data set (docs/data.md)")
-    flag("--zip", "DATA.FORMAT", action="store_const", const="zip", help="read train.zip with train_map.txt, and val")
-    flag("--cache-mode", "DATA.CACHE_MODE", metavar="MODE", help="read the data into memory first: no, part or full")
-    flag("--batch-size", "DATA.BATCH_SIZE", metavar="N", type=int, help="images of a process in a micro-batch")
-    flag("--resume", "MODEL.RESUME", metavar="FILE", help="checkpoint to carry on from, or to evaluate")
-    flag("--force-resume", "TRAIN.FORCE_RESUME", action="store_true", help="carry on with other data or settings")
-    flag("--pretrained", "MODEL.PRETRAINED", metavar="FILE", help="checkpoint whose weights to start from")
-    flag("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", metavar="N", type=int, help="micro-batches of a step")
-    flag(
-        "--use-checkpoint", "TRAIN.USE_CHECKPOINT", action="store_const", const="full", help="recompute to save memory"
-    )
-    flag("--disable_amp", "AMP", action="store_const", const="none", help="compute in single precision")
     p.add_argument(
         "--amp-opt-level", metavar="O0", help="of the removed apex.amp: O0 is --disable_amp; use AMP instead"
     )
-    flag("--report", "TEST.REPORT", action="store_true", help="--eval writes tables and a picture of its result")
-    flag("--optim", "TRAIN.OPTIMIZER.NAME", metavar="NAME", help="adamw, sgd, fused_adam or fused_lamb")
-    flag("--seed", "SEED", metavar="N", type=int, help="what every random choice is derived from")
-    flag("--output", "OUTPUT", metavar="DIR", help="results go to OUTPUT/MODEL.NAME/TAG")
-    flag("--tag", "TAG", metavar="NAME", help="name of the run")
+    for name, (_, how) in FLAGS.items():
+        p.add_argument(name, dest=name, **how)
     return p
 
 
-def parse(arguments: list[str]):
+def parse(arguments: list[str]) -> tuple[Config, str]:
     """The config and the mode (``train``, ``evaluate`` or ``throughput``) that the command line asks for."""
     p = parser()
     known, unknown = p.parse_known_args(arguments)
     if unknown:
-        flags = [option for action in actions_of(p) for option in action.option_strings]
+        flags = re.findall(r"--[a-z][\w-]*", p.format_help())
         raise UserError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
     given = vars(known)
     mode = "evaluate" if given.pop("eval", False) else "throughput" if given.pop("throughput", False) else "train"
     cfg_file, opts = given.pop("cfg", ""), given.pop("opts", [])
     level = given.pop("amp_opt_level", None)
     if level == "O0":
-        given["AMP"] = "none"
+        given["--disable_amp"] = "none"
     elif level is not None:
         native = {"O1": "--opts AMP bf16 (or fp16)", "O2": "--opts AMP bf16 (or fp16)"}.get(level)
         if native is None:
             raise UserError(f"--amp-opt-level {level} is not one of O0, O1, O2")
         raise UserError(APEX_AMP.format(level, native))
-    dashes = {action.dest: action.option_strings[0] for action in actions_of(p) if action.option_strings}
-    flags = [(key, value, dashes[key]) for key, value in given.items()]
-    return build_config(cfg_file, opts, flags), mode
+    return build_config(cfg_file, opts, [(FLAGS[name][0], value, name) for name, value in given.items()]), mode
 
 
 def run(arguments: list[str]) -> int:
@@ -96,17 +109,25 @@ def run(arguments: list[str]) -> int:
     try:
         config, mode = parse(arguments)
     except UserError as error:
+        from utils import distributed
+
         raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
-    # Each import takes seconds, so only once the command line is right
+    from utils import distributed
+
     if mode == "train":
-        return train_until_stopped(config)
-    engine = importlib.import_module(f"engine.{mode}")
-    (engine.run_evaluation if mode == "evaluate" else engine.run_throughput)(config, distributed.start())
+        train_until_stopped(config)
+    else:
+        engine = importlib.import_module(f"engine.{mode}")
+        (engine.run_evaluation if mode == "evaluate" else engine.run_throughput)(config, distributed.start())
+    distributed.stop()
     return 0
 
 
-def train_until_stopped(config) -> int:
+def train_until_stopped(config: Config) -> None:
     """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at."""
+    from engine.stopping import StopRequest, is_launched
+    from utils import distributed
+
     with StopRequest() as stop:
         if is_launched():
             end_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no rank behind that trains on unseen
@@ -118,30 +139,38 @@ def train_until_stopped(config) -> int:
             if distributed.world_size() > 1 and not stop.rescue and not isinstance(error, distributed.AgreedError):
                 stop.outlast(error)  # training itself has done so already
             raise
-    return 0
+
+
+def describe(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit status."""
+    from engine.stopping import Stopped
+    from utils import distributed
+
+    match error:
+        case distributed.AgreedError():
+            if not distributed.is_main():
+                time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
+                return "", 2
+            return f"error: {printable(str(error))}", 2
+        case UserError():
+            where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+            return f"error{where}: {printable(str(error))}", 2
+        case Stopped():
+            text = "" if error.request.answered or not distributed.is_main() else error.request.describe()
+            error.request.answer()
+            return text, error.request.status
+    return "".join(traceback.format_exception(error)).rstrip(), 1  # a bug of ours
 
 
 def explain(error: BaseException) -> int:
     """Say why it has ended; returns the exit status."""
     match error:
-        case distributed.AgreedError():
-            if not distributed.is_main():
-                time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
-                return 2
-            text, status = f"error: {printable(str(error))}", 2
-        case UserError():
-            where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-            text, status = f"error{where}: {printable(str(error))}", 2
-        case Stopped():
-            text = "" if error.request.answered or not distributed.is_main() else error.request.describe()
-            error.request.answer()
-            status = error.request.status
+        case SystemExit():  # --help, --settings
+            return error.code if isinstance(error.code, int) else 0
         case KeyboardInterrupt():
             text, status = "\nstopped", CTRL_C_STATUS
-        case SystemExit():  # --help
-            return error.code if isinstance(error.code, int) else 0
-        case _:  # a bug of ours
-            text, status = "".join(traceback.format_exception(error)).rstrip(), 1
+        case _:
+            text, status = describe(error)
     with suppress(OSError):  # as when a terminal is closed: what is said there is in the log as well
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
     return status
@@ -159,7 +188,6 @@ def main_of_a_process(arguments: list[str]) -> NoReturn:
     """Run the command line and end the process."""
     try:
         status = run(arguments)
-        distributed.stop()
     except BaseException as error:
         # Here and not later: what its frames hold, as loader processes that are stuck, is not to be torn down
         leave(explain(error))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from config import MUST_STAY, default_config, differing_settings, flatten, may_change, settings_in
+from config import default_config, differing_settings, flatten, may_change, must_stay, settings_in
 from engine import validation
 from engine.ema import Ema
 from models import load_weights
@@ -163,7 +163,7 @@ def check_resumable(content: dict[str, Any], path: Path, config, images: int, sa
     differing = differing_settings(content["config"], config)
     differing = [setting for setting in differing if setting[0] != "MODEL.RESUME" or elsewhere]
     for key, before, now in differing:
-        if key in MUST_STAY:
+        if must_stay(key):
             raise UserError(f"{path} was trained with {key} {before}, this run has {now}: keep it, or use --pretrained")
     refused = [(key, before, now) for key, before, now in differing if not may_change(key, before, now)]
     if refused and same_run and not config.TRAIN.FORCE_RESUME:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import CHOICES
+from config import SETTINGS
 from models.crossformer import VARIANTS
 from scripts.benchmarks.checkpoint import benchmark_checkpoint
 from scripts.benchmarks.common import make_folder
@@ -62,7 +62,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     network.add_argument("--models", nargs="+", metavar="NAME", help="variants, plain_VARIANT, swin_tiny, ... of timm")
     network.add_argument("--image-size", type=int, default=224, metavar="N", help="height and width")
     network.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, else fp32")
-    network.add_argument("--compile", choices=CHOICES["TRAIN.COMPILE"], default="none", help="torch.compile's mode")
+    network.add_argument(
+        "--compile", choices=SETTINGS["TRAIN.COMPILE"].choices, default="none", help="torch.compile's mode"
+    )
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="1 64 256 on a GPU, else 1 4")
     files = argparse.ArgumentParser(add_help=False)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import PATHS, default_config, flatten, get, settings_in
+from config import SETTINGS, settings_in
 from models import build_model
 from models.build import ARCHITECTURE
 from models.crossformer.embedding import MIN_IMAGE_SIZE
@@ -37,6 +37,7 @@ from utils import checkpoint
 from utils.errors import Parser, UserError, say_error
 from utils.image_size import height_and_width
 from utils.processes import CTRL_C_STATUS
+from utils.settings import get
 from utils.surroundings import a_path, settle
 
 TOLERANCE = 1e-4
@@ -156,11 +157,10 @@ print(model.pretrained_cfg["label_names"][logits.argmax()])
 
 def run_settings(path: str) -> str:
     """As a file for ``--cfg``."""
-    saved, defaults = checkpoint.read(path).get("config"), flatten(default_config())
+    saved = checkpoint.read(path).get("config")
     if not isinstance(saved, str):
         return "# the checkpoint does not name them\n"
-    settings = settings_in(saved, path)
-    differing = {k: v for k, v in settings.items() if k not in PATHS and v != defaults[k]}
+    differing = {k: v for k, v in settings_in(saved, path).items() if not SETTINGS[k].path and v != SETTINGS[k].default}
     return yaml.safe_dump(differing, sort_keys=False)
 
 

@@ -1,6 +1,5 @@
 """The private parts of libraries that the project uses are there, and do what it uses them for."""
 
-import argparse
 import copy
 import io
 import random
@@ -16,7 +15,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.compat import (
-    actions_of,
     compile_ddp_whole,
     end_of_member,
     forget_members,
@@ -103,15 +101,6 @@ def test_policies_call_what_stands_in_for_their_operations(make):
 def test_a_policy_that_blends_is_refused():
     with pytest.raises(TypeError, match="AugMixAugment does not consist of operations"):
         replace_operations(augment_and_mix_transform("augmix-m3", {}), lambda name: name)
-
-
-def test_the_arguments_of_a_parser_are_known():
-    parser = argparse.ArgumentParser()
-    parser.add_mutually_exclusive_group().add_argument("--long", "-l", dest="name")
-    assert [(action.dest, action.option_strings) for action in actions_of(parser)] == [
-        ("help", ["-h", "--help"]),
-        ("name", ["--long", "-l"]),
-    ]
 
 
 def test_a_tar_file_is_read_member_by_member():

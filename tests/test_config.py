@@ -1,17 +1,23 @@
 """Settings: inheritance, overrides, and one clear line for each mistake."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-import config
-from config import all_keys, build_config, default_config, get
-from main import parse, parser
+from config import SETTINGS, build_config, default_config, differing_settings
+from main import FLAGS, main, parse
 from utils.errors import UserError
+from utils.settings import Resume, Section, differences, flatten, get, setting
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ROOMS = [folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name[0] != "." and folder.name != "tests"]
+SOURCE = "".join(f.read_text() for f in (*ROOT.glob("*.py"), *(f for room in ROOMS for f in room.rglob("*.py"))))
+PAGES = "".join(f.read_text() for f in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *CONFIGS))
 
 
 def write(path: Path, text: str) -> str:
@@ -37,25 +43,50 @@ def test_every_config_file_is_valid_and_survives_its_own_dump(path, tmp_path):
 
 def test_every_setting_is_read_somewhere():
     """A setting that nothing reads is a bug."""
-    rooms = [ROOT / "main.py", *(f for room in ROOT.iterdir() if room.is_dir() for f in room.glob("*.py"))]
-    source = "".join(f.read_text() for f in rooms if "tests" not in f.parts)
-    source += (ROOT / "config.py").read_text().split("def output_dir")[1]
-    unread = [key for key in all_keys() if f".{key.split('.')[-1]}" not in source and key != "BASE"]
-    architecture = [key for key in unread if key.startswith("MODEL.CROSSFORMER.")]
-    assert [key.split(".")[-1] for key in architecture if f'"{key.split(".")[-1]}"' not in source] == []
-    assert [key for key in unread if key not in architecture and f"settings.{key.split('.')[-1]}" not in source] == []
+    declarations, _ = (ROOT / "config.py").read_text().split("def output_dir")
+    readers = SOURCE.replace(declarations, "")
+    assert len(readers) < len(SOURCE)
+    names = {key: key.rpartition(".")[2] for key in SETTINGS if key != "BASE"}
+    assert [key for key, name in names.items() if not re.search(rf'[."]{name}\b', readers)] == []
 
 
-def test_every_setting_has_a_comment():
-    lines = Path(config.__file__).read_text().split("CHOICES = ")[0].splitlines()
-    settings = [i for i, line in enumerate(lines) if line.startswith("_C.") and "CfgNode()" not in line]
-    self_explaining = ("EPOCHS", "SEED", "TAG")
-    for i in settings:
-        above = i - 1
-        while lines[above].startswith("_C.") and "CfgNode()" not in lines[above]:
-            above -= 1
-        named = lines[i].split(" =")[0].split(".")[-1].replace("_C", "")
-        assert lines[above].startswith("#") or named in self_explaining, lines[i]
+def test_every_setting_that_is_named_is_there():
+    """In the documents, in errors, and where one is read."""
+    sections = {key.rpartition(".")[0] for key in SETTINGS} - {""}
+    named = {found[0] for found in re.finditer(rf"\b({'|'.join(sections)})(\.[A-Z_]+)+\b", SOURCE + PAGES)}
+    assert len(named) > 60
+    assert named - SETTINGS.keys() - sections == set()
+
+
+def test_a_setting_says_all_of_itself():
+    """Its annotation is that of its default, its default is one of its values, its meaning more than its name."""
+    for key, one in SETTINGS.items():
+        assert one.kind is type(one.default) or isinstance(one.default, int | list), key
+        assert one.coerce(key, one.default, "") == one.default, key
+        assert one.problem(one.default) == "", key
+        assert len(one.meaning.split()) > 2, key
+        assert not one.meaning.endswith("."), key
+
+
+def test_settings_are_listed(capsys):
+    assert main(["--settings"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" = ")[0] for line in lines if line[:1].strip()] == list(SETTINGS)
+    assert max(map(len, lines)) <= 80
+    assert main(["--settings", "epochs"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "TRAIN.EPOCHS = 300\n    Passes over the training images\n    at least 1; may rise on resume\n\nTRAIN.WARMUP_"
+    )
+    assert main(["--settings", "EPOCS"]) == 2
+    assert "--settings EPOCS: no setting has it in its name or meaning; did you mean EPOCHS?" in capsys.readouterr().err
+
+
+def test_settings_are_listed_at_once():
+    """Without torch, which takes seconds to load."""
+    code = "import sys, main; main.main(['--settings', 'five_crop']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("TEST.VIEWS = none\n")
+    assert done.stdout.endswith("\nFalse\n")
 
 
 def test_later_sources_win(tmp_path):
@@ -73,11 +104,9 @@ def test_a_flag_that_is_not_given_changes_nothing(tmp_path):
         "TRAIN": {"ACCUMULATION_STEPS": 3, "USE_CHECKPOINT": True, "FORCE_RESUME": True, "OPTIMIZER": {"NAME": "sgd"}},
         "TEST": {"REPORT": True}, "AMP": "fp16", "SEED": 5, "OUTPUT": "out", "TAG": "mine",
     }  # fmt: skip
-    import yaml
-
     path = write(tmp_path / "mine.yaml", yaml.safe_dump(given))
-    with_flags = {action.dest for action in parser()._actions if action.dest in set(all_keys())}
-    set_by_file = {k for k in all_keys() if get(build_config(path), k) != get(default_config(), k)}
+    with_flags = {key for key, _ in FLAGS.values()}
+    set_by_file = {k for k in SETTINGS if get(build_config(path), k) != get(default_config(), k)}
     assert with_flags - set_by_file == {"MODEL.PRETRAINED"}  # which excludes MODEL.RESUME
     assert parse(["--cfg", path])[0] == build_config(path)
 
@@ -189,18 +218,41 @@ def test_a_mistake_in_a_flag(flags, message):
         parse(flags.split())
 
 
-def test_settings_that_differ_are_told_exactly(monkeypatch):
-    """By their whole names, and one that an older checkpoint does not know counts as at its default."""
+def test_settings_that_differ_are_told_exactly():
+    """One that an older checkpoint does not know counts as at its default."""
     base, other = build_config(), build_config(opts=["TAG", "x", "DATA.BATCH_SIZE", "1", "AUG.HFLIP", "0.1"])
-    assert config.differing_settings(base.dump(), other) == [("AUG.HFLIP", 0.5, 0.1)]
+    assert differing_settings(base.dump(), other) == [("AUG.HFLIP", 0.5, 0.1)]
     dumped = yaml.safe_load(base.dump())
     del dumped["AUG"]["HFLIP"], dumped["TAG"]
-    assert config.differing_settings(yaml.dump(dumped), base) == []
-    assert config.differing_settings(yaml.dump(dumped), other) == [("AUG.HFLIP", 0.5, 0.1)]
+    assert differing_settings(yaml.dump(dumped), base) == []
+    assert differing_settings(yaml.dump(dumped), other) == [("AUG.HFLIP", 0.5, 0.1)]
     begun = build_config(opts=["MODEL.PRETRAINED", "a.pth"])
-    assert config.differing_settings(begun.dump(), base) == []
-    assert [key for key, *_ in config.differing_settings(base.dump(), begun)] == ["MODEL.PRETRAINED"]
-    known = set(config.all_keys())
-    assert known >= {*config.NO_EFFECT, *config.MUST_STAY, *config.STARTED_FROM}
-    monkeypatch.setattr(config, "NO_EFFECT", ("AUG.HF", "DATA.BATCH_SIZE", "TAG"))
-    assert config.differing_settings(base.dump(), other) == [("AUG.HFLIP", 0.5, 0.1)], "one that begins like another"
+    assert differing_settings(begun.dump(), base) == []
+    assert [key for key, *_ in differing_settings(base.dump(), begun)] == ["MODEL.PRETRAINED"]
+    open_rates = {"MODEL": {"NAME": "resnet18", "DROP_PATH_RATE": 0.2, "DROP_RATE": 0.0}}
+    assert differing_settings(yaml.dump(open_rates), build_config(opts=["MODEL.NAME", "resnet18"])) == []
+
+
+def test_a_setting_is_told_from_one_that_begins_like_it():
+    class Part(Section):
+        """Of a config."""
+
+        RATE: float = setting(0.5, "A rate")
+        RATES: list[float] = setting([], "Rates", on_resume=Resume.FREE)
+
+    class Whole(Section):
+        """A config."""
+
+        PART: Part
+        PARTS: int = setting(1, "Parts", on_resume=Resume.FREE)
+
+    before, now = Whole(), Whole()
+    now.PART.RATE, now.PART.RATES, now.PARTS = 0.1, [1.0], 2
+    assert differences(flatten(before), now) == [("PART.RATE", 0.5, 0.1)]
+    assert before == now.clone() or before.PART.RATES == [] == Part().RATES, "defaults are not shared"
+
+
+def test_the_state_of_an_optimizer_depends_on_settings_that_stay():
+    stay = {key for key, one in SETTINGS.items() if one.on_resume is Resume.KEPT}
+    assert stay >= {"TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK"}
+    assert [key for key, one in SETTINGS.items() if one.on_resume is Resume.RAISED] == ["TRAIN.EPOCHS"]

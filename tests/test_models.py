@@ -12,12 +12,13 @@ import torch
 from conftest import TINY_RUN
 from PIL import Image
 
-from config import build_config
+from config import CROSSFORMERS, build_config
 from data.augmentation import build_eval_transform
 from engine.model import check_image_size, check_smallest_batch, giga_macs, prepare_model
 from engine.train import train
 from main import main
 from models import build_model, left_out
+from models.crossformer import VARIANTS
 from tasks.trained import load_trained
 from utils.errors import UserError
 
@@ -50,6 +51,8 @@ def test_a_model_of_others_with_any_of_our_configs(name, path):
 
 
 def test_a_rate_is_the_model_s_the_recipe_s_or_what_was_asked_for():
+    assert CROSSFORMERS.keys() == VARIANTS.keys()
+
     def last_rate(name: str, *opts) -> float:
         config = config_of(name, *opts)
         model = build_model(config, 10)

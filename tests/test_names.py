@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import main
 import predict
-from config import PATHS, build_config
+from config import SETTINGS, build_config
 from scripts import check_dataset
 from tasks.report import Report
 from utils import surroundings
@@ -159,7 +159,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     (tmp_path / "base.yaml").write_text("SEED: 7\n")
     config = build_config("~/my.yaml")
     assert (7, f"{tmp_path}/out") == (config.SEED, config.OUTPUT)
-    for key in PATHS:
+    for key in (key for key, setting in SETTINGS.items() if setting.path):
         value = build_config(opts=[key, "~/x"])
         for part in key.split("."):
             value = value[part]

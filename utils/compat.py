@@ -5,7 +5,6 @@ Two are elsewhere: ``Tensor._version`` in ``models/crossformer``, which is used 
 operations of torch apart, which is all that ``utils/counting.py`` does.
 """
 
-import argparse
 import sys
 import tarfile
 from collections.abc import Callable
@@ -91,14 +90,6 @@ def replace_operations(policy: Callable, replacement: Callable[[str], Callable])
     for operation in operations:
         operation.aug_fn = replacement(operation.name)
     return {operation.name for operation in operations}
-
-
-def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The arguments that have been added to a parser.
-
-    Uses ``_actions``. If that goes, every command line with a flag ends with an AttributeError.
-    """
-    return parser._actions
 
 
 def tar_number(field: bytes) -> int:

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from config import CHOICES, build_config
+from config import SETTINGS, build_config
 from engine.ema import Ema
 from engine.model import begin_step
 from engine.precision import Precision
@@ -41,7 +41,7 @@ from utils.errors import UserError, did_you_mean
 from utils.meters import DeviceMeters
 from utils.randomness import seed_everything
 
-RECOMPUTING = CHOICES["TRAIN.USE_CHECKPOINT"][1:]
+RECOMPUTING = SETTINGS["TRAIN.USE_CHECKPOINT"].choices[1:]
 
 SWINS = {"swin_tiny": 4.5, "swin_small": 8.7, "swin_base": 15.4}
 """The published GMAC of each, to choose the one of similar size."""
