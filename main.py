@@ -13,8 +13,9 @@ from typing import NoReturn
 from config import build_config
 from engine.stopping import Stopped, StopRequest, is_launched
 from utils import distributed
+from utils.command import Parser
 from utils.compat import actions_of
-from utils.errors import Parser, UserError, did_you_mean
+from utils.errors import UserError, did_you_mean
 from utils.names import printable
 from utils.processes import CTRL_C_STATUS, end_with_parent
 from utils.surroundings import settle

@@ -21,9 +21,9 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from config import PATHS, default_config, flatten, get, settings_in
-from tasks.trained import SAID_BESIDES, TrainedModel
 from models import build_model
 from models.build import ARCHITECTURE
+from tasks.trained import SAID_BESIDES, TrainedModel
 from utils import checkpoint
 from utils.errors import UserError
 from utils.files import writing

@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.export import FORMATS, GRAPHS, SUFFIXES, export
-from tasks.trained import load_trained
 from models.crossformer.embedding import MIN_IMAGE_SIZE
+from tasks.trained import load_trained
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.image_size import height_and_width
