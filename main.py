@@ -15,7 +15,8 @@ from contextlib import suppress
 from typing import NoReturn
 
 from config import Config, build_config
-from utils.errors import Parser, UserError, did_you_mean
+from utils.command import Parser
+from utils.errors import UserError, did_you_mean
 from utils.names import printable
 from utils.processes import CTRL_C_STATUS, end_with_parent
 from utils.settings import listing

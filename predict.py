@@ -13,11 +13,11 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,15 +31,16 @@ from engine.model import check_image_size
 from engine.precision import choose_precision
 from tasks.classification import build_views, mean_of_probabilities
 from tasks.trained import TrainedModel, load_trained
-from utils.errors import Parser, UserError, say_error
-from utils.files import temporary_name, write_whole
-from utils.names import drawable, font_file, harmless, printable
-from utils.processes import CTRL_C_STATUS
-from utils.surroundings import a_path, expanded, settle
+from utils.command import Parser, run_command
+from utils.contact_sheet import Card, draw_cards
+from utils.errors import UserError
+from utils.files import write_whole, writing
+from utils.names import harmless, printable
+from utils.surroundings import a_path, expanded
 
 KEYS = ("class_index", "class", "probability")
-ON_SHEET, COLUMNS, BARS = 60, 8, 5
-SIDE, PAD, LINE = 224, 12, 22  # pixels of an image on the sheet, of the space around it, of a line of text or a bar
+ON_SHEET = 60
+REMEDY = "choose another place"
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
@@ -118,67 +119,12 @@ def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
             Console(file=out).print(table)
 
 
-def draw_sheet(drawn: list[tuple[dict, torch.Tensor]], title: str) -> bytes:
-    """A PNG with a card for each image: the file, what the model saw, and a bar for each of the first classes."""
-    rows = max(-(-len(drawn) // COLUMNS), round((len(drawn) / 2) ** 0.5))
-    columns = -(-len(drawn) // rows)
-    width, height = SIDE + 2 * PAD, SIDE + (1 + len(drawn[0][0]["predictions"][:BARS])) * LINE + 5 * PAD // 2
-    size = columns * (width + PAD) + PAD, rows * (height + PAD) + LINE + 2 * PAD
-    draw, font = ImageDraw.Draw(sheet := Image.new("RGB", size, "#eef1f5")), ImageFont.truetype(font_file(), 12)
-
-    def write(x: float, y: int, text: str, room: float, cut: slice = slice(-1)) -> None:
-        shown = text = drawable(text)
-        while draw.textlength(shown, font) > room:
-            text = text[cut]
-            shown = f"{text}…" if cut.stop else f"…{text}"
-        draw.text((x, y + LINE / 2 - 2), shown, "#1f2937", font, anchor="lm")
-
-    write(PAD, PAD, title, size[0] - 2 * PAD)
-    for number, (record, image) in enumerate(drawn):
-        x, y = number % columns * (width + PAD) + 2 * PAD, number // columns * (height + PAD) + LINE + 3 * PAD
-        draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white")
-        write(x, y - 2, "/".join(Path(record["file"]).parts[-2:]), SIDE, cut=slice(1, None))
-        picture, larger = tensor_to_pil(image), max(image.shape[1:])
-        scaling = Image.Resampling.NEAREST if larger <= SIDE else Image.Resampling.LANCZOS
-        shown = [round(side * (SIDE // larger or SIDE / larger)) for side in picture.size]
-        sheet.paste(picture.resize(shown, scaling), (x + (SIDE - shown[0]) // 2, y + LINE))
-        y += LINE + SIDE + PAD // 2
-        for top, p in zip(range(y, y + BARS * LINE, LINE), record["predictions"], strict=False):
-            for share, colour in ((1, "#f1f4f8"), (p["probability"], "#8ec5f4" if top == y else "#d3e6f8")):
-                draw.rounded_rectangle((x, top, x + share * SIDE, top + LINE - 4), 4, colour)
-            percent = f"{100 * p['probability']:.1f} %"
-            left = x + SIDE - 6 - draw.textlength(percent, font)
-            write(left, top, percent, SIDE)
-            write(x + 6, top, p["class"], left - x - 12)
-    sheet.save(out := io.BytesIO(), "PNG", optimize=True)
-    return out.getvalue()
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What to say of a file that cannot be written."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "it is not a file")
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another place") from error
-
-
 def check_writable(path: Path) -> None:
     """Find out whether a file can be written, and leave everything as it is."""
-    with naming(path):
-        temporary = temporary_name(path)
-        temporary.touch()
-        temporary.unlink()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replace the file in one step."""
-    with naming(path):
-        if not path.parent.is_dir():
-            raise OSError(0, "there is no such folder")
-        write_whole(path, data)
+    with writing(path, REMEDY):
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is not a file")
+        TemporaryFile(dir=path.parent).close()
 
 
 def parse(arguments: list[str]) -> Namespace:
@@ -202,7 +148,9 @@ def parse(arguments: list[str]) -> Namespace:
     return given
 
 
-def run(given: Namespace) -> int:
+def predict_images(arguments: list[str]) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    given = parse(arguments)
     (paths, left_out), device = find_images(given.images), torch.device(given.device)
     records, drawn, screen = [], [], Console(stderr=True)
     for path in filter(None, (given.to, given.sheet)):
@@ -218,31 +166,24 @@ def run(given: Namespace) -> int:
         if image is None:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
         elif given.sheet and len(drawn) < ON_SHEET:
-            drawn.append((record, image))
+            named = [(p["class"], p["probability"]) for p in record["predictions"]]
+            drawn.append(Card(record["file"], tensor_to_pil(image), named))
     if left_out:
         screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
     sound = sum("predictions" in record for record in records)
     if drawn:
         left_out = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""
-        write_file(given.sheet, draw_sheet(drawn, f"{name}, {len(drawn)} images{left_out}"))
+        with writing(given.sheet, REMEDY):
+            write_whole(given.sheet, draw_cards(drawn, f"{name}, {len(drawn)} images{left_out}"))
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     show(records, given.format, out := io.StringIO() if given.to else sys.stdout)
     if given.to:
-        write_file(given.to, out.getvalue().encode("utf-8", "backslashreplace"))
+        with writing(given.to, REMEDY):
+            write_whole(given.to, out.getvalue().encode("utf-8", "backslashreplace"))
     return 0 if sound == len(records) else 1
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command line; returns the exit status."""
-    settle()
-    try:
-        return run(parse(arguments))
-    except (UserError, torch.OutOfMemoryError) as error:
-        say_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return CTRL_C_STATUS
+main = partial(run_command, predict_images)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from data.ring import Ring, Slot
 from data.sampling import EvalBatches, TrainBatches
 from utils.distributed import count_over_ranks
 from utils.errors import UserError
-from utils.processes import STOP_SIGNALS, end_with_parent
+from utils.processes import STOP_SIGNALS, begin_worker
 
 PREFETCH_FACTOR = 2
 """Batches that each loader process works ahead."""
@@ -50,9 +50,7 @@ def _as_it_is(batch: HostBatch) -> HostBatch:
 def _start_worker(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # what is sent to a whole group is for the main process to answer
-    end_with_parent(signal.SIGKILL)
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
-    torch.set_num_threads(1)
+    begin_worker()
 
 
 def stop_on_bad_image(line: str) -> None:

@@ -24,9 +24,9 @@ from scripts.benchmarks.common import make_folder
 from scripts.benchmarks.data import benchmark_data
 from scripts.benchmarks.model import benchmark_model
 from scripts.benchmarks.step import benchmark_step
-from utils.errors import Parser, UserError, say_error
-from utils.processes import CTRL_C_STATUS
-from utils.surroundings import a_path, expanded, settle
+from utils.command import Parser, run_command
+from utils.errors import UserError
+from utils.surroundings import a_path, expanded
 
 BENCHMARKS = {
     "model": benchmark_model, "step": benchmark_step, "data": benchmark_data, "checkpoint": benchmark_checkpoint,
@@ -37,17 +37,13 @@ AT_LEAST = {"image_size": 32}
 
 
 def main() -> int:
-    settle()
-    try:
-        for arguments in chosen(parse(sys.argv[1:])):
-            make_folder(arguments.output)
-            BENCHMARKS[arguments.what](arguments)
-    except UserError as error:
-        say_error(error)
-        return 2
-    except KeyboardInterrupt:
-        return CTRL_C_STATUS
-    return 0
+    return run_command(benchmark, sys.argv[1:])
+
+
+def benchmark(given: list[str]) -> None:
+    for arguments in chosen(parse(given)):
+        make_folder(arguments.output)
+        BENCHMARKS[arguments.what](arguments)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import Parser, UserError, say_error
-from utils.names import PLAIN_TEXT, drawable
-from utils.surroundings import a_path, settle
+from utils.command import Parser, run_command
+from utils.drawing import drawable, pyplot
+from utils.errors import UserError
+from utils.surroundings import a_path
 
 
 def read_events(metrics: Path) -> tuple[list[dict], list[dict]]:
@@ -19,18 +20,8 @@ def read_events(metrics: Path) -> tuple[list[dict], list[dict]]:
     return train, evaluations
 
 
-def draw(train: list[dict], evaluations: list[dict], title: str, path: Path) -> None:
+def draw(plt, train: list[dict], evaluations: list[dict], title: str, path: Path) -> None:
     """Three panels over the step, as a PNG."""
-    import matplotlib  # only now, when there is a home folder for what it keeps
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(PLAIN_TEXT):
-        draw_panels(plt, train, evaluations, title, path)
-
-
-def draw_panels(plt, train: list[dict], evaluations: list[dict], title: str, path: Path) -> None:
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     figure.suptitle(drawable(title))
     steps = [e["step"] for e in train]
@@ -63,19 +54,10 @@ def plot(arguments: list[str]) -> None:
     train, evaluations = read_events(metrics)
     if not train:
         raise UserError(f"{metrics} has no line about training yet")
-    draw(train, evaluations, f"{folder.parent.name}, run {folder.name}", folder / "curves.png")
+    with pyplot() as plt:
+        draw(plt, train, evaluations, f"{folder.parent.name}, run {folder.name}", folder / "curves.png")
     print(f"curves in {folder / 'curves.png'}")
 
 
-def main(arguments: list[str]) -> int:
-    settle()
-    try:
-        plot(arguments)
-    except UserError as error:
-        say_error(error)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(plot, sys.argv[1:]))

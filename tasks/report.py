@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from utils.distributed import is_main, sum_over_ranks
+from utils.drawing import drawable, pyplot
 from utils.errors import UserError
-from utils.names import PLAIN_TEXT, drawable, harmless
+from utils.names import harmless
 
 BINS = 15
 LOWEST_NAMED = 15
@@ -104,12 +105,7 @@ def write_csv(path: Path, header: list[str], rows) -> None:
 
 def draw(path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarray, bins: list, title: str) -> None:
     """Three panels: the confusion matrix, the classes with the lowest accuracy, confidence against accuracy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(PLAIN_TEXT):
+    with pyplot() as plt:
         draw_panels(plt, path, [shortened(name) for name in names], confusion, accuracy, bins, title)
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 
+import engine.export
 from config import build_config
 from models import build_model
 from models.crossformer import VARIANTS
@@ -149,9 +150,9 @@ def test_a_mistake_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, cap
 
     for arguments, message in MISTAKES.items():
         fails(arguments, message)
-    monkeypatch.setattr(export, "TOLERANCE", -1)
+    monkeypatch.setattr(engine.export, "TOLERANCE", -1)
     fails("{tmp}/best.pth --format torch_export", "torch_export gives other logits than the model")
-    monkeypatch.setattr(export, "save_for_hf", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(engine.export, "save_for_hf", lambda *_, **__: 1 / 0)
     fails("{tmp}/best.pth --format hf", "best.pth cannot be exported as hf: division by zero")
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     fails("{tmp}/best.pth --format onnx", "pip install onnx onnxscript onnxruntime")

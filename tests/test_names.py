@@ -21,8 +21,9 @@ from config import SETTINGS, build_config
 from scripts import check_dataset
 from tasks.report import Report
 from utils import surroundings
+from utils.drawing import drawable, font_file
 from utils.errors import UserError
-from utils.names import drawable, font_file, harmless, printable
+from utils.names import harmless, printable
 
 CLASSES = ["$x^2$ and $y", "=1+1", "@SUM(A1)", "[red]b", 'a\nb, "c"', "b=\u202ec", "你好", "مرحبا", "🦄 é"]
 CLASSES = sorted([*CLASSES, os.fsdecode(b"caf\xe9")])

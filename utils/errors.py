@@ -1,11 +1,7 @@
 """Errors that the user can mend."""
 
-import argparse
 import difflib
-import sys
 from collections.abc import Iterable
-
-from utils.names import printable
 
 
 class UserError(Exception):
@@ -13,18 +9,6 @@ class UserError(Exception):
 
     The message names the thing and the remedy.
     """
-
-
-def say_error(error: Exception, where: str = "") -> None:
-    """Print the one line."""
-    print(f"error{where}: {printable(str(error))}", file=sys.stderr, flush=True)
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`UserError`; ``prog`` is the program's path."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see python {self.prog} --help)")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

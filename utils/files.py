@@ -4,9 +4,10 @@ import os
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.errors import UserError
 
@@ -41,24 +42,31 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Let ``path`` hold either what it held before or all of ``data``. Makes its folder.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` when the block has ended well. Makes its folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written. What ``path`` held before is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Let ``path`` hold either what it held before or all of ``data``; see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 class NotWritten(UserError):
@@ -67,6 +75,15 @@ class NotWritten(UserError):
     def __init__(self, path: Path, reason: str, meanwhile: str):
         super().__init__(f"{path} cannot be written: {reason}; {meanwhile}")
         self.path, self.reason, self.meanwhile = path, reason, meanwhile
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Raise :class:`NotWritten` where the block cannot write ``path``; ``remedy`` is what the user can do."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(path, reason_of(error), remedy) from error
 
 
 class Unwritten:

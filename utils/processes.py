@@ -3,6 +3,17 @@
 import ctypes
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 CTRL_C_STATUS = 130
@@ -18,3 +29,41 @@ def end_with_parent(number: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def begin_worker() -> None:
+    """Make the process that calls this a worker of its parent: it ends with it, and uses one core."""
+    end_with_parent(signal.SIGKILL)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def forked(function: Callable, processes: int, if_killed: str) -> Iterator[Callable[[Any], Future]]:
+    """Fork worker processes, which share all that ``function`` refers to; yields what has one call it with an argument.
+
+    Raises:
+        UserError: one was killed; ``if_killed`` is the message.
+    """
+    pool = ProcessPoolExecutor(processes, get_context("fork"), _begin_forked, (function,))
+    try:
+        yield partial(pool.submit, _call_function)
+    except BrokenProcessPool as error:
+        raise UserError(if_killed) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_function: Callable
+"""Of the process that has been forked."""
+
+
+def _begin_forked(function: Callable) -> None:
+    global _function
+    _function = function
+    begin_worker()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once and without a word
+
+
+def _call_function(argument: Any) -> Any:
+    return _function(argument)

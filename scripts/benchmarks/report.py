@@ -15,7 +15,8 @@ from scripts.benchmarks.common import ratio, rounded
 from scripts.benchmarks.contenders import PLAIN
 from scripts.benchmarks.model import KINDS, floors, tflops
 from scripts.benchmarks.step import PARTS, compared_with
-from utils.errors import Parser, UserError, say_error
+from utils.command import Parser, run_command
+from utils.errors import UserError
 from utils.surroundings import a_path
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
@@ -23,19 +24,18 @@ NO_MEMORY = "out of memory"
 
 
 def main() -> int:
+    return run_command(write_and_put, sys.argv[1:])
+
+
+def write_and_put(given: list[str]) -> None:
     parser = Parser(prog="scripts/benchmarks/report.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=a_path, metavar="FOLDER", help="where gpu_report.sh has written its figures")
     parser.add_argument("page", type=a_path, metavar="PAGE", help="a Markdown file with the two comments")
-    try:
-        arguments = parser.parse_args()
-        report = write_report(arguments.folder)
-        (arguments.folder / "report.md").write_text(report, encoding="utf-8")
-        put_into(arguments.page, report)
-    except UserError as error:
-        say_error(error)
-        return 2
+    arguments = parser.parse_args(given)
+    report = write_report(arguments.folder)
+    (arguments.folder / "report.md").write_text(report, encoding="utf-8")
+    put_into(arguments.page, report)
     print(f"{arguments.folder / 'report.md'} is in {arguments.page}")
-    return 0
 
 
 def put_into(page: Path, report: str) -> None:

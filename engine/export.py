@@ -1,0 +1,256 @@
+"""Exports of a trained model: written, loaded again and compared with it."""
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from timeit import timeit
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor
+
+from config import SETTINGS, settings_in
+from models import build_model
+from models.build import ARCHITECTURE
+from tasks.trained import SAID_BESIDES, TrainedModel
+from utils import checkpoint
+from utils.errors import UserError
+from utils.files import writing
+from utils.settings import get
+
+TOLERANCE = 1e-4
+OPSET = 20
+TIMED_BATCH, ROUNDS, SECONDS_PER_ROUND = 8, 5, 0.2
+
+
+class Source(NamedTuple):
+    """What to export, and an example of what it takes; without ``dynamic_shapes`` in batches of that size alone.
+
+    Attributes:
+        path: of the checkpoint.
+        images: ``(B, 3, H, W)``.
+    """
+
+    trained: TrainedModel
+    path: str
+    images: Tensor
+    dynamic_shapes: tuple | None
+
+    def preparation(self) -> dict[str, Any]:
+        """How an image becomes the model's input, in timm's words."""
+        data, test = self.trained.config.DATA, self.trained.config.TEST
+        crop = dict(crop_pct=test.CROP_PCT, crop_mode="center") if test.CROP else dict(crop_pct=1.0, crop_mode="squash")
+        size = dict(input_size=list(self.images.shape[1:]), interpolation=data.INTERPOLATION)
+        return size | crop | dict(mean=data.MEAN, std=data.STD)
+
+    def besides(self) -> dict[str, Any]:
+        """What belongs to the preparation too, but timm has no words for."""
+        return {name: get(self.trained.config, key) for name, key in SAID_BESIDES.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """What travels with the weights, each as JSON."""
+        model, classes = self.trained.config.MODEL, self.trained.classes
+        arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
+        described = dict(architecture=model.NAME, model_args=arguments, classes=classes)
+        described |= self.preparation() | self.besides()
+        return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
+
+
+def torch_export(source: Source, path: Path) -> Callable:
+    program = torch.export.export(source.trained.model, (source.images,), dynamic_shapes=source.dynamic_shapes)
+    torch.export.save(program, path, extra_files=source.metadata())
+    return torch.export.load(path).module()
+
+
+def onnx(source: Source, path: Path) -> Callable:
+    import onnxruntime
+
+    how = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"])
+    program = torch.onnx.export(source.trained.model, (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
+    program.model.metadata_props.update(source.metadata())
+    program.save(path, external_data=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def safetensors(source: Source, path: Path) -> Callable:
+    save_file(source.trained.model.state_dict(), path, source.metadata())
+    model = build_model(source.trained.config, len(source.trained.classes))
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def hf(source: Source, path: Path) -> Callable:
+    said = {"label_names": source.trained.classes, **source.besides()}
+    save_for_hf(source.trained.model, str(path), said, safe_serialization=True, data_config=source.preparation())
+    (path / "README.md").write_text(model_card(source), encoding="utf-8")
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+FORMATS = {"torch_export": torch_export, "onnx": onnx, "safetensors": safetensors, "hf": hf}
+SUFFIXES = {"torch_export": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors", "hf": "-hf"}
+VIEWS_BY_HAND = {
+    "flip": "average the probabilities of an image and its mirror image",
+    "five_crop": "average the probabilities of the centre and the four corners of the resized square",
+}
+GRAPHS = ("torch_export", "onnx")
+"""Formats that hold the computation too, for which the size of a batch has to be decided."""
+
+
+def model_card(source: Source) -> str:
+    trained, (height, width) = source.trained, source.images.shape[-2:]
+    name, ours = trained.config.MODEL.NAME, trained.config.MODEL.NAME.startswith("crossformer")
+    facts = trained.facts if "top1" in trained.facts else {"weights": trained.facts["weights"]}
+    by_hand = "".join(f"- {line}\n" for line in left_to_the_caller(source))
+    by_hand = f"What evaluation does besides, and the lines above do not:\n\n{by_hand}\n" if by_hand else ""
+    metrics = "".join(f"- {key}: {value if key == 'weights' else round(value, 4)}\n" for key, value in facts.items())
+    return f"""---
+library_name: timm
+pipeline_tag: image-classification
+license: {trained.model.pretrained_cfg.get("license") or "mit"}
+tags: [image-classification, timm{", crossformer" * ours}]
+---
+
+# {name}
+
+An image classifier with {len(trained.classes)} classes, for images of {height} x {width} pixels.
+
+```python
+import timm, torch
+from PIL import Image
+{"import crossformer  # after pip install of the CrossFormer trainer's folder" if ours else ""}
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # this folder; on the hub "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.inference_mode():
+    logits = model(transform(Image.open("image.png").convert("RGB")).unsqueeze(0))
+print(model.pretrained_cfg["label_names"][logits.argmax()])
+```
+
+{by_hand}## Metrics
+
+{metrics}
+## Settings that differ from the trainer's defaults
+
+```yaml
+{run_settings(source.path)}```
+"""
+
+
+def run_settings(path: str) -> str:
+    """As a file for ``--cfg``."""
+    saved = checkpoint.read(path).get("config")
+    if not isinstance(saved, str):
+        return "# the checkpoint does not name them\n"
+    differing = {k: v for k, v in settings_in(saved, path).items() if not SETTINGS[k].path and v != SETTINGS[k].default}
+    return yaml.safe_dump(differing, sort_keys=False)
+
+
+def images_per_second(functions: list[Callable], images: Tensor) -> list[float]:
+    """Medians of rounds in which each function has its turn."""
+    turns = [partial(function, images) for function in functions]
+    calls = max(1, round(SECONDS_PER_ROUND / max(timeit(turn, number=1) for turn in turns)))
+    rounds = [[calls * len(images) / timeit(turn, number=calls) for turn in turns] for _ in range(ROUNDS)]
+    return [median(speeds) for speeds in zip(*rounds, strict=True)]
+
+
+@contextmanager
+def in_silence() -> Iterator[None]:
+    """Exporters tell their own story at length; what matters of it is raised."""
+    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def left_to_the_caller(source: Source) -> list[str]:
+    """What evaluation does besides, and whoever uses the export has to do; its metadata says it too."""
+    besides, lines = source.besides(), []
+    if besides["views"] != "none":
+        lines.append(f"TEST.VIEWS {besides['views']} is not in it: {VIEWS_BY_HAND[besides['views']]}")
+    if besides["upright"]:
+        lines.append("DATA.UPRIGHT is not in it: turn images as EXIF says (PIL.ImageOps.exif_transpose)")
+    if besides["white"]:
+        lines.append(f"DATA.WHITE is not in it: scale grey images of more than 8 bits by 255 / {besides['white']:g}")
+    return lines
+
+
+def make(name: str, source: Source, path: Path) -> None:
+    """Write the format ``name``, compare and time it; what is found is printed."""
+    model, (height, width) = source.trained.model, source.images.shape[2:]
+    any_batch = source.dynamic_shapes is not None
+    batches = [torch.randn(n, 3, height, width) for n in ((1, 2, 3) if any_batch else (1, 1))]
+    try:
+        with in_silence():
+            exported = FORMATS[name](source, path)
+            difference = torch.cat([model(images) - exported(images) for images in batches]).abs().max().item()
+    except ImportError as error:
+        raise UserError(
+            f"--format {name}: its packages do not fit torch {torch.__version__} ({error}); "
+            "pip install --upgrade onnx onnxscript onnxruntime"
+        ) from error
+    except Exception as error:  # an exporter meets arbitrary models and fails in arbitrary ways
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error
+    for line in left_to_the_caller(source):
+        print(line)
+    takes = f"{'batches of any size' if any_batch else 'one image'} of {height} x {width} pixels"
+    print(f"{source.trained.config.MODEL.NAME} as {name} takes {takes}")
+    print(f"largest difference of a logit to the model's own: {difference:.1e} (allowed: {TOLERANCE:.0e})")
+    if not difference <= TOLERANCE:
+        raise UserError(f"{name} gives other logits than the model: {difference:.1e} is above {TOLERANCE:.0e}")
+    if name in GRAPHS:
+        images = torch.randn(TIMED_BATCH if any_batch else 1, 3, height, width)
+        there, here = images_per_second([exported, model], images)
+        print(f"images/s, {len(images)} at a time: {there:.1f}, the model {here:.1f}, ratio {there / here:.2f}")
+
+
+@torch.no_grad()
+def export(
+    trained: TrainedModel, path: str, form: str, image_size: tuple[int, int], any_batch: bool, target: Path
+) -> None:
+    """Write a model as ``target``, a file or for ``hf`` a folder, and print what there is to know of it.
+
+    What was written is loaded again and must give the same logits as the model; only then does it get its name.
+
+    Args:
+        trained: the model, on the CPU.
+        path: of its checkpoint.
+        form: one of FORMATS.
+        image_size: height and width.
+        any_batch: take batches of any size and not of one image alone.
+
+    Raises:
+        UserError: it cannot be exported, gives other logits, or ``target`` cannot be written.
+    """
+    trained.model.to(memory_format=torch.contiguous_format)
+    torch.manual_seed(0)
+    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
+    source, as_folder = Source(trained, path, torch.randn(2 if any_batch else 1, 3, *image_size), shapes), form == "hf"
+    with writing(target, "choose another --to"):
+        if target.resolve() == Path(path).resolve() or not may_replace(target, as_folder):
+            raise UserError(f"{target} is there and not to be replaced; choose another --to")
+        with TemporaryDirectory(prefix=".export-", dir=target if target.is_dir() else target.parent) as folder:
+            written = Path(folder, "exported" + SUFFIXES[form])
+            make(form, source, written)
+            if as_folder:
+                target.mkdir(exist_ok=True)
+            for file in written.iterdir() if as_folder else [written]:
+                os.replace(file, target / file.name if as_folder else target)
+
+
+def may_replace(target: Path, as_folder: bool) -> bool:
+    """Whether nothing is lost: a file gives way to a file, a model's folder to another's files."""
+    if target.is_dir():
+        return as_folder and ((target / "config.json").is_file() or not any(target.iterdir()))
+    return not (as_folder and target.exists())
