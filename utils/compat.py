@@ -1,7 +1,8 @@
 """Every use of a part of a library that its makers may change without notice, for want of a public one.
 
 Each function says what breaks when that part goes, and how it would show; ``tests/test_compat.py`` tries each of them.
-(One more is where it is needed, since ``models/crossformer`` is used without this folder: ``Tensor._version``.)
+(Two more are where they are needed: ``Tensor._version`` in ``models/crossformer``, which is used without this folder,
+and torch's dispatcher in ``utils/counting.py``, which only tests and benchmarks use.)
 """
 
 import argparse
@@ -57,6 +58,14 @@ def compile_ddp_whole() -> None:
     Uses ``torch._dynamo.config``. If the setting goes, a compiled model that recomputes ends with an AttributeError.
     """
     torch._dynamo.config.optimize_ddp = False
+
+
+def compile_many_models(limit: int = 64) -> None:
+    """Let torch.compile keep so many graphs of one entry point; all models of a process share theirs.
+
+    Uses ``torch._dynamo.config``. If the setting goes, a benchmark of compiled models ends with an AttributeError.
+    """
+    torch._dynamo.config.recompile_limit = limit
 
 
 def timm_converter(model: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
