@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +14,8 @@ from engine.step import TrainStep
 from tasks import Task
 from utils.distributed import largest_over_ranks
 from utils.errors import UserError
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -53,15 +57,28 @@ def fewest_parts(try_parts: Callable[[int], None], most: int) -> int:
         try_parts: computes so many parts, or raises torch's error.
         most: the error counts when so many are too few.
     """
+
+    def fits(parts: int) -> bool:
+        try_parts(parts)
+        return True
+
     parts = 1
-    while True:
-        try:
-            try_parts(parts)
-            break
-        except torch.OutOfMemoryError:
-            if parts >= most:
-                raise
+    while parts < most and not within_memory(partial(fits, parts)):
         parts *= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if parts >= most:
+        try_parts(parts)
     return largest_over_ranks(parts)
+
+
+def within_memory(run: Callable[[], Value]) -> Value | None:
+    """What ``run`` returns, or None when memory does not suffice for it."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # so says the CPU's allocator
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # here, where the error no longer holds on to what was computed
+    return None

@@ -3,13 +3,9 @@
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from config import output_dir
 from engine.model import (
@@ -30,6 +26,8 @@ from utils.errors import UserError
 from utils.image_size import height_and_width
 from utils.logger import RunLog
 from utils.meters import peak_memory_bytes
+from utils.tables import Table, show
+from utils.timing import seconds
 
 WARM_UP_RUNS = 3
 REPEATS = 10
@@ -95,7 +93,7 @@ def run_throughput(config, device: torch.device) -> dict:
         model.train(training)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        milliseconds = time_repeatedly(run, device)
+        milliseconds = time_repeatedly(run)
         median = statistics.median(milliseconds)
         result[name] = {
             "images_per_second": 1e3 * batch_size / median,
@@ -122,47 +120,32 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def time_repeatedly(run: Callable[[], None], device: torch.device) -> list[float]:
+def time_repeatedly(run: Callable[[], None]) -> list[float]:
     """Milliseconds of one run: REPEATS figures, each the mean over about SECONDS_PER_REPEAT, after a warm-up."""
     for _ in range(WARM_UP_RUNS):
         run()
-    runs = max(1, round(SECONDS_PER_REPEAT * 1e3 / _mean_milliseconds(run, 1, device)))
-    return [_mean_milliseconds(run, runs, device) for _ in range(REPEATS)]
-
-
-def _mean_milliseconds(run: Callable[[], None], runs: int, device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(runs):
-        run()
-    synchronize()
-    return 1e3 * (time.perf_counter() - start) / runs
+    runs = max(1, round(SECONDS_PER_REPEAT / seconds(run)))
+    return [1e3 * seconds(run, runs) for _ in range(REPEATS)]
 
 
 def print_table(result: dict) -> None:
     """The result for a person."""
-    table = Table(
-        title=f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  "
+    title = (
+        f"{result['model']}  {result['parameters'] / 1e6:.1f} M parameters  "
         f"{describe_gmac(math.nan if result['gmac'] is None else result['gmac'], result['image_size'])}\n"
-        f"{result['precision']}  batch {result['batch_size']}  compile {result['compile']}  "
-        f"{result['device']}",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        f"{result['precision']}  batch {result['batch_size']}  compile {result['compile']}  {result['device']}"
     )
-    for column in ("", "images/s", "median ms", "min - max ms", "TFLOP/s", "peak memory"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    rows = []
     for name in ("forward", "training_step"):
         row, ms = result[name], result[name]["milliseconds"]
-        table.add_row(
-            name.replace("_", " "),
-            f"{row['images_per_second']:,.1f}",
-            f"{ms['median']:,.1f}",
-            f"{ms['min']:,.1f} - {ms['max']:,.1f}",
-            "unknown" if row["tflops"] is None else f"{row['tflops']:.3g}",
-            f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        rows.append(
+            [
+                name.replace("_", " "),
+                f"{row['images_per_second']:,.1f}",
+                f"{ms['median']:,.1f}",
+                f"{ms['min']:,.1f} - {ms['max']:,.1f}",
+                "unknown" if row["tflops"] is None else f"{row['tflops']:.3g}",
+                f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            ]
         )
-    console = Console()
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    console.width = max(console.width, needed)  # figures that are cut off to fit would be wrong ones
-    console.print(table)
+    show(Table(title, ["", "images/s", "median ms", "min - max ms", "TFLOP/s", "peak memory"], rows))

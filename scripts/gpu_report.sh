@@ -51,7 +51,7 @@ mkdir -p "$output/compiled"
 part compiled 150 python scripts/benchmark.py model "${at_256[@]}" --output "$output/compiled" --batch-sizes 256 \
     --compile default --models crossformer_small plain_crossformer_small swin_tiny
 # after the part before it most of what is to be compiled is in torch's cache
-part step 110 python scripts/benchmark.py step "${at_256[@]}" --batch-size 256 --compile default \
+part step 110 python scripts/benchmark.py step "${at_256[@]}" --batch-sizes 256 --compile default \
     --models crossformer_small
 part checkpoint 30 python scripts/benchmark.py checkpoint --output "$output" --repeats 3
 
@@ -93,5 +93,5 @@ if [ -n "$data" ]; then
         --batches 20 --repeats 3 --output "$output"
 fi
 
-python scripts/benchmarks/report.py "$output" docs/performance.md || failed=1
+python scripts/benchmark.py report --output "$output" --page docs/performance.md || failed=1
 exit "$failed"

@@ -17,8 +17,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from engine.memory import within_memory
 from scripts import benchmark
-from scripts.benchmarks.common import in_turn, ratio, within_memory
+from scripts.benchmarks.common import in_turn, ratio
 from utils.counting import count_kernels, moved_bytes, saved_bytes
 
 CPU = torch.device("cpu")
@@ -54,6 +55,8 @@ def test_model(tmp_path):
         assert [batch["batch_size"] for batch in model["batches"]] == [1, 2]
         for batch in model["batches"]:
             assert len(batch["inference"]["images_per_second"]) == len(batch["training"]["images_per_second"]) == 2
+            (forward, backward, update, average), _ = batch["training"]["parts_milliseconds"]
+            assert min(forward, backward, update, average) > 0
         saved = [batch["training"]["memory_bytes"] for batch in model["batches"]]
         assert 1.7 * saved[0] < saved[1] <= 2 * saved[0]
     assert other["parameters"] > 3e6
@@ -65,18 +68,17 @@ def test_model(tmp_path):
 
 
 def test_step(tmp_path):
-    done = run_benchmark("step", "--models", "crossformer_micro", "--batch-size", "2", *SMALL, "--output", tmp_path)
+    done = run_benchmark("step", "--models", "crossformer_micro", "--batch-sizes", "2", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout
-    steps = {step["name"]: step for step in figures(tmp_path, "step")["steps"]}
-    assert {"crossformer_micro", "crossformer_micro, recompute full", "plain_crossformer_micro"} < steps.keys()
-    assert "swin_tiny" in steps
+    steps = {step["name"]: step["batches"][0]["training"] for step in figures(tmp_path, "step")["models"]}
+    ours, plain = "crossformer_micro", "plain_crossformer_micro"
+    assert list(steps) == [
+        ours, f"{ours}, recompute selective", f"{ours}, recompute full", plain, f"{plain}, plain step", "swin_tiny"
+    ]  # fmt: skip
     for step in steps.values():
-        assert len(step["images_per_second"]) == 2
-        assert list(step["parts_milliseconds"]) == ["forward", "backward", "clip + optimizer", "EMA + meters"]
-        assert all(len(values) == 2 and min(values) > 0 for values in step["parts_milliseconds"].values())
-    saved = {name: step["memory_bytes"] for name, step in steps.items()}
-    assert saved["crossformer_micro, recompute full"] < 0.5 * saved["crossformer_micro"]
+        assert len(step["images_per_second"]) == len(step["parts_milliseconds"]) == 2
+    assert steps[f"{ours}, recompute full"]["memory_bytes"] < 0.5 * steps[ours]["memory_bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,8 @@ def test_checkpoint(everything):
     assert not (everything / "benchmark_checkpoint").exists()
 
 
-def run_report(*arguments) -> subprocess.CompletedProcess:
-    return start("scripts/benchmarks/report.py", *arguments)
+def run_report(folder: Path, page: Path) -> subprocess.CompletedProcess:
+    return run_benchmark("report", "--output", folder, "--page", page)
 
 
 def test_report(everything, tmp_path):
@@ -112,7 +114,8 @@ def test_report(everything, tmp_path):
     folder, page = tmp_path / "figures", tmp_path / "page.md"
     shutil.copytree(everything, folder)
     model = figures(folder, "model")
-    model["models"][0]["batches"][0]["training"] = {"images_per_second": None, "memory_bytes": None}
+    unknown = {"images_per_second": None, "memory_bytes": None, "parts_milliseconds": []}
+    model["models"][0]["batches"][0]["training"] = unknown
     (folder / "compiled").mkdir()
     (folder / "compiled" / "benchmark_model.json").write_text(json.dumps(model))
     (folder / "tests.log").write_text("...\n2 passed, 500 deselected in 61.20s (0:01:01)\n")
@@ -134,7 +137,7 @@ def test_report(everything, tmp_path):
     assert "35 images/s, of whose time 25.0 % is waiting for data (step 5; crossformer_small)" in text  # of 20 to 50
     assert text.count("| out of memory |") == 1
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert sum(row.startswith("| crossformer_micro |") for row in rows) == 4  # two networks, floors, a step
+    assert sum(row.startswith("| crossformer_micro |") for row in rows) == 9  # speeds, parts and work, three times
     tables = text.split("\n\n")
     for table in (part.splitlines() for part in tables if part.startswith("| ")):
         assert {line.count(" | ") for line in table} == {table[0].count(" | ")}
@@ -170,7 +173,7 @@ def test_gpu_report_needs_a_gpu():
         (["model", "--batch-sizes", "4", "0"], "--batch-sizes must be at least 1, not 0"),
         (["model", "--image-size", "31"], "--image-size must be at least 32, not 31"),
         (["step", "--repeats", "0"], "--repeats must be at least 1, not 0"),
-        (["step", "--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
+        (["step", "--batch-sizes", "many"], "--batch-sizes: invalid int value: 'many'"),
         (["model", "--compile", "fast"], "--compile: invalid choice: 'fast'"),
         (["data"], "--data-path"),
         (["speed"], "invalid choice: 'speed'"),

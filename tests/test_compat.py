@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.compat import (
     compile_ddp_whole,
+    compile_many_models,
     end_of_member,
     forget_members,
     is_compiled,
@@ -77,6 +78,23 @@ def test_a_compiled_model_inside_ddp_stays_whole(monkeypatch):
             torch.compiler.reset()
     finally:
         dist.destroy_process_group()
+
+
+def test_more_models_than_usual_are_compiled(monkeypatch):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    compile_many_models(12)
+    for size in range(1, 11):
+        model = nn.Linear(size, 1)
+        model.compile(backend=backend, dynamic=False)
+        model(torch.ones(1, size))
+    assert len(graphs) == 10
 
 
 def test_models_bring_what_renames_the_weights_of_their_authors():

@@ -106,7 +106,7 @@ def test_commands_of_predict(place, command):
 
 SHORT = {
     "scripts/benchmark.py model": "--models crossformer_micro --image-size 64 --batch-sizes 1 --repeats 1",
-    "scripts/benchmark.py step": "--models crossformer_micro --image-size 64 --batch-size 1 --repeats 1",
+    "scripts/benchmark.py step": "--models crossformer_micro --image-size 64 --batch-sizes 1 --repeats 1",
     "scripts/benchmark.py data": "--batches 1 --repeats 1 --workers 1 --batch-size 8 --output bench",
     "scripts/benchmark.py checkpoint": "--megabytes 1 --repeats 1",
 }

@@ -4,8 +4,6 @@ import argparse
 import sys
 from collections.abc import Callable
 
-import torch
-
 from utils.errors import UserError
 from utils.names import printable
 from utils.processes import CTRL_C_STATUS
@@ -30,9 +28,17 @@ def run_command(command: Callable[[list[str]], int | None], arguments: list[str]
     settle()
     try:
         return command(arguments) or 0
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr, flush=True)
         return CTRL_C_STATUS
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    import torch  # takes seconds to load, which whoever has made a mistake would wait for
+
+    return isinstance(error, torch.OutOfMemoryError)

@@ -59,6 +59,14 @@ def compile_ddp_whole() -> None:
     torch._dynamo.config.optimize_ddp = False
 
 
+def compile_many_models(limit: int = 64) -> None:
+    """Let torch.compile keep so many graphs of one entry point; all models of a process share theirs.
+
+    Uses ``torch._dynamo.config``. If the setting goes, a benchmark of compiled models ends with an AttributeError.
+    """
+    torch._dynamo.config.recompile_limit = limit
+
+
 def timm_converter(model: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
     """What renames the weights of a model's authors to timm's names; None where timm has no such thing.
 

@@ -1,43 +1,229 @@
-"""The models that are raced: this project's, the plain implementation of each, and others of their size."""
+"""The networks that are raced, and what is timed: this project's, their plain forms, and others of their size."""
 
+import itertools
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from functools import cache
 
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-import models  # noqa: F401  (registers the variants with timm)
 from config import build_config
-from engine.model import giga_macs
+from data.loading import Batch
+from engine.ema import Ema
+from engine.memory import within_memory
+from engine.model import begin_step, giga_macs
 from engine.precision import Precision, choose_precision
+from engine.step import StepResult, TrainStep
+from models.build import recompute, takes
 from models.crossformer import VARIANTS
 from models.reference import plain
+from optimizer import build_optimizer
+from scripts.benchmarks.common import this_device
+from tasks.classification import Classification
+from utils.compat import compile_many_models, is_compiled
+from utils.counting import saved_bytes
 from utils.errors import UserError, did_you_mean
+from utils.meters import DeviceMeters
+from utils.timing import seconds, synchronize
 
 PLAIN = "plain_"
 """Before the name of a variant: its plain implementation, models/reference.py."""
 
 PEERS = {
-    "swin_tiny": "swin_tiny_patch4_window7_224",
-    "swin_small": "swin_small_patch4_window7_224",
-    "swin_base": "swin_base_patch4_window7_224",
-    "convnext_tiny": "convnext_tiny",
-    "convnext_small": "convnext_small",
-    "convnext_base": "convnext_base",
-    "vit_small": "vit_small_patch16_224",
-    "vit_base": "vit_base_patch16_224",
+    **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")},
+    **{f"convnext_{size}": f"convnext_{size}" for size in ("tiny", "small", "base")},
+    **{f"vit_{size}": f"vit_{size}_patch16_224" for size in ("small", "base")},
 }
 """What others are called here, and by timm."""
 
 AT_224 = [name for name in VARIANTS if name != "crossformer_micro"]
 DEFAULT_ON_GPU = (*AT_224, *(PLAIN + name for name in AT_224), *PEERS)
-DEFAULT_ON_CPU = (
-    "crossformer_small", "plain_crossformer_small", "crossformerpp_small", "plain_crossformerpp_small",
-    "swin_tiny", "convnext_tiny", "vit_small",
-)  # fmt: skip
+SMALL = ("crossformer_small", "crossformerpp_small")
+DEFAULT_ON_CPU = (*SMALL, *(PLAIN + name for name in SMALL), "swin_tiny", "convnext_tiny", "vit_small")
+
+KINDS = ("inference", "training")
+"""Of work: methods of :class:`Contender`."""
+
+PLAIN_STEP = "plain step"
+"""What :class:`PlainStep` takes."""
+
+PARTS = ("forward", "backward", "clip + optimizer", "EMA + meters")
+"""Of a training step."""
 
 CLASSES = 1000
 STOCHASTIC_DEPTH_OF_PEERS = 0.2
+EMA_DECAY = 0.9999
+SECONDS_PER_MEASUREMENT = 0.3
+
+
+class Marked(Classification):
+    """The trainer's task, which also calls ``mark`` where the forward pass ends."""
+
+    def __init__(self, config, device: torch.device, mark: Callable[[], None]):
+        super().__init__(config, device)
+        self.mark = mark
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found = super().loss(model, batch)
+        self.mark()
+        return found
+
+
+class Contender:
+    """A network with random weights on its device, and all that training it takes.
+
+    Args:
+        network: its name.
+        arguments: of the command line: precision and image size.
+    """
+
+    def __init__(self, network: str, arguments: Namespace):
+        config, device = build_config("", ["DATA.IMG_SIZE", str(arguments.image_size)]), this_device()
+        torch.manual_seed(0)
+        self.network = network
+        self.model = create(network, arguments.image_size).to(device, memory_format=torch.channels_last)
+        self.precision = precision_of(arguments.precision, device)
+        self.task = Marked(config, device, self.mark)
+        self.optimizer, self.average, self.meters = self.build_optimizer(config), self.build_average(), DeviceMeters()
+        scaler, max_norm = self.precision.scaler(), config.TRAIN.CLIP_GRAD
+        self.step = TrainStep(self.task, self.model, self.optimizer, scaler, self.precision, max_norm=max_norm)
+        self.taken = 0
+        self.marks: list = []
+
+    def build_optimizer(self, config) -> torch.optim.Optimizer:
+        """Build that of the recipe."""
+        return build_optimizer(config, self.model)
+
+    def build_average(self) -> ModelEmaV3:
+        """Build the moving average of the weights."""
+        return Ema(self.model, decay=EMA_DECAY)
+
+    def inference(self, batch: Batch) -> None:
+        """Compute logits."""
+        begin_step(self.model)
+        with torch.inference_mode(), self.precision.autocast():
+            self.model(batch.images)
+
+    def training(self, batch: Batch) -> None:
+        """Take a step as the training loop does, and mark the end of each of its PARTS."""
+        self.mark()
+        try:
+            sums = self.step.accumulate(self.taken, iter([batch]))
+            self.mark()
+            result = self.step.update(*sums)
+        except BaseException:
+            self.optimizer.zero_grad()  # the memory of a step that does not fit
+            raise
+        self.mark()
+        self.taken += 1
+        self.note(result)
+        self.mark()
+
+    def note(self, result: StepResult) -> None:
+        """Do what the loop does after a step."""
+        self.average.update(self.model, self.taken, result.finite)
+        self.meters.add(result.finite, loss=result.loss, grad_norm=result.grad_norm)
+
+    def mark(self) -> None:
+        """Note this point in time on the device, which is not waited for."""
+        if self.precision.device.type == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def part_milliseconds(self) -> list[float]:
+        """Give the median of each of PARTS over the steps of the last measurement."""
+        marks = len(PARTS) + 1
+        took = [milliseconds(a, b) for a, b in itertools.pairwise(self.marks)]  # each marks-th lies between two steps
+        return [statistics.median(took[part::marks]) for part in range(len(PARTS))]
+
+    def measurement(self, kind: str, batch: Batch, parts: list[list[float]]) -> Callable[[], float | None]:
+        """Make a function that returns images per second, or None when memory does not suffice; fills ``parts``."""
+
+        def run() -> None:
+            getattr(self, kind)(batch)
+
+        def measure() -> float:
+            self.model.train(kind == "training")
+            run()  # the first one after a change of mode fills caches
+            self.marks.clear()
+            once = seconds(run)
+            times = int(SECONDS_PER_MEASUREMENT / once)
+            took = seconds(run, times) if times else once
+            if kind == "training":
+                parts.append(self.part_milliseconds())
+            return len(batch.images) / took
+
+        return lambda: within_memory(measure)
+
+    def memory(self, kind: str, batch: Batch) -> float | None:
+        """Count the bytes at the peak on a GPU; on a CPU those that a training step keeps for the backward pass.
+
+        None where there is no such figure, or not memory enough.
+        """
+        self.model.train(kind == "training")
+        if self.precision.device.type == "cuda":
+            return within_memory(lambda: self.peak_bytes(lambda: getattr(self, kind)(batch)))
+        if kind == "inference" or is_compiled(self.model):
+            return None
+
+        def forward() -> torch.Tensor:
+            with self.precision.autocast():
+                return self.task.loss(self.model, batch)[0]
+
+        return within_memory(lambda: saved_bytes(forward, self.model.parameters()))
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """Count the most of the GPU's memory that ``run`` takes, with what stays there between two steps."""
+        run()  # work space of libraries stays for good
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize()
+        stays = self.model.state_dict(), self.optimizer.state_dict()["state"], self.average.module.state_dict()
+        stays = sum(t.nbytes for t in tree_leaves(stays) if isinstance(t, torch.Tensor))
+        return stays + torch.cuda.max_memory_allocated() - before
+
+
+class PlainStep(Contender):
+    """Steps as a first version takes them: torch's default AdamW, the average one weight at a time, ``.item()``."""
+
+    def build_optimizer(self, config) -> torch.optim.Optimizer:
+        groups = super().build_optimizer(config).param_groups
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        return torch.optim.AdamW(groups, lr=config.TRAIN.BASE_LR)
+
+    def build_average(self) -> ModelEmaV3:
+        return ModelEmaV3(self.model, decay=EMA_DECAY, foreach=False)
+
+    def note(self, result: StepResult) -> None:
+        self.average.update(self.model, self.taken)
+        self.last = result.loss.item(), result.grad_norm.item()
+
+
+def make_contender(name: str, arguments: Namespace) -> Contender:
+    """Build ``NETWORK``, or ``NETWORK, HOW``: compiled (by ``--compile``), recompute full ..., or PLAIN_STEP."""
+    network, _, how = name.partition(", ")
+    one = (PlainStep if how == PLAIN_STEP else Contender)(network, arguments)
+    if how.startswith("recompute "):
+        recompute(one.model, network, how.removeprefix("recompute "))
+    if how == "compiled":
+        compile_many_models()
+        one.model.compile(mode=arguments.compile, dynamic=False)  # for each batch size on its own
+    return one
+
+
+def milliseconds(began, ended) -> float:
+    """Between two marks; the device must have reached both."""
+    return 1e3 * (ended - began) if isinstance(began, float) else began.elapsed_time(ended)
 
 
 def check_names(names: list[str]) -> None:
@@ -51,7 +237,7 @@ def check_names(names: list[str]) -> None:
 
 
 def create(name: str, image_size: int) -> nn.Module:
-    """The model with random weights, stochastic depth and 1,000 classes, on the CPU."""
+    """Build the model with random weights, stochastic depth and 1,000 classes, on the CPU."""
     if name.startswith(PLAIN):
         variant = name.removeprefix(PLAIN)
         model = plain(variant, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(variant))
@@ -60,24 +246,22 @@ def create(name: str, image_size: int) -> nn.Module:
     if name in VARIANTS:
         return timm.create_model(name, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(name))
     name = PEERS.get(name, name)
-    fixed = timm.get_pretrained_cfg(name).fixed_input_size
-    sizes = {"img_size": image_size} if fixed else {}  # of these the constructor has to know
-    try:
-        return timm.create_model(name, num_classes=CLASSES, drop_path_rate=STOCHASTIC_DEPTH_OF_PEERS, **sizes)
-    except TypeError:  # not every model of timm has stochastic depth
-        return timm.create_model(name, num_classes=CLASSES, **sizes)
+    arguments = {"drop_path_rate": STOCHASTIC_DEPTH_OF_PEERS} if takes(name, "drop_path_rate") else {}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments["img_size"] = image_size  # its constructor has to know
+    return timm.create_model(name, num_classes=CLASSES, **arguments)
 
 
 @cache
 def published_stochastic_depth(variant: str) -> float:
-    """That of the variant's recipe, which decides how much of a training step need not be computed."""
+    """Look up that of the variant's recipe, which decides how much of a training step need not be computed."""
     recipe = variant.removeprefix("crossformer").removeprefix("_")
     return build_config(f"configs/{recipe}.yaml").MODEL.DROP_PATH_RATE
 
 
 @cache
 def count_gmac(name: str, image_size: int) -> float:
-    """Of one image. Both implementations of a variant have that of the plain one, which hides no operation.
+    """Count one image's. Both implementations of a variant have that of the plain one, which hides no operation.
 
     Raises:
         UserError: the model does not take images of this size.
@@ -91,19 +275,5 @@ def count_gmac(name: str, image_size: int) -> float:
 
 
 def precision_of(name: str, device: torch.device) -> Precision:
-    """``auto | bf16 | fp16 | tf32 | fp32`` as the trainer understands AMP."""
+    """Understand ``auto | bf16 | fp16 | tf32 | fp32`` as the trainer does AMP."""
     return choose_precision(build_config("", ["AMP", {"fp32": "none"}.get(name, name)]), device)
-
-
-def compile_model(model: nn.Module, mode: str) -> None:
-    """Let torch.compile take over the forward pass, for each batch size on its own; ``none`` does nothing."""
-    if mode != "none":
-        torch._dynamo.config.recompile_limit = 64  # all models share one entry point, and with it the limit
-        model.compile(mode=mode, dynamic=False)
-
-
-def synthetic_batch(batch_size: int, image_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``(B, 3, H, W)``, channels last, and classes ``(B,)``."""
-    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    targets = torch.randint(CLASSES, (batch_size,), device=device)
-    return images.contiguous(memory_format=torch.channels_last), targets

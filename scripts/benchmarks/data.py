@@ -1,19 +1,14 @@
 """The input pipeline: images per second of this loader and of others, and the time of every stage of this one."""
 
-import argparse
 import itertools
-import json
 import statistics
-import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from timm.data import create_dataset, create_loader, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,87 +16,76 @@ from torchvision.datasets import ImageFolder
 
 from config import build_config
 from data.augmentation import Plan, augments_on_device, build_train_stage, build_train_transform
-from data.build import open_images
-from data.dataset import DecodeAndTransform, ImageDataset
+from data.build import build_train_loader, open_images
+from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding, decode
-from data.loading import TrainLoader
-from data.sampling import TrainBatches
-from scripts.benchmarks.common import machine, show_progress, synchronize
+from scripts.benchmarks import common
+from scripts.benchmarks.common import ratio, rounded, this_device
 from utils.errors import UserError
 from utils.image_size import height_and_width
+from utils.tables import Table
+from utils.timing import seconds
 
 WARM_UP_BATCHES = 6
 STAGE_IMAGES = 400
 ENDLESS = 10**6
-Contender = Callable[[], Iterator[int]]
-"""Starts a loader and yields the number of images of each batch."""
+TIMM, TORCHVISION = "timm create_loader", "torchvision, published transform"
 
 
-def benchmark_data(arguments: argparse.Namespace) -> None:
-    """Images per second of every loader, and milliseconds of every stage of this one."""
+def benchmark_data(arguments: Namespace) -> None:
+    """Measure images per second of every loader, and milliseconds of every stage of this one."""
     warnings.filterwarnings("ignore", message=".*worker processes in total.*|.*encoding capabilities of TorchVision.*")
     torch.set_num_threads(1)  # the workers need the cores
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not (Path(arguments.data_path) / "train").is_dir():
         raise UserError(f"--data-path {arguments.data_path} has no folder train/, which timm and torchvision read")
-    contenders = data_contenders(arguments, device)
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    rounds = [(repeat, name) for repeat in range(arguments.repeats) for name in contenders]
-    for number, (_, name) in enumerate(rounds, 1):
-        show_progress(f"{number}/{len(rounds)}  {name}")
-        figures[name].append(images_per_second(contenders[name], arguments.workers, arguments.batches))
-    show_progress("")
-    stages = stage_milliseconds(config_for(arguments, arguments.data_path), device)
-    report = {
-        "what": "data", "date": date.today().isoformat(), "machine": machine(device),
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
-        "images_per_second": figures, "milliseconds_per_image": stages,
-    }  # fmt: skip
-    print_data_report(report, arguments)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "benchmark_data.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"figures in {path}")
-
-
-def data_contenders(arguments: argparse.Namespace, device: torch.device) -> dict[str, Contender]:
-    """Who takes part. Without a GPU the share of a GPU is left out, for this loader and for timm's alike."""
     config = config_for(arguments, arguments.data_path)
+    loaders = contenders(arguments, config, this_device())
+    runs = {
+        name: lambda start=start: images_per_second(start, arguments.workers, arguments.batches)
+        for name, start in loaders.items()
+    }
+    report = common.start_report(arguments) | {
+        "images_per_second": common.in_turn(runs, arguments.repeats),
+        "milliseconds_per_image": stage_milliseconds(config, this_device()),
+    }
+    common.finish_report(report, tables(report), arguments.output)
+
+
+def contenders(arguments: Namespace, config, device: torch.device) -> dict[str, Callable[[], Iterator[int]]]:
+    """Make functions that start a loader, which yields the number of images of each batch.
+
+    Without a GPU the share of a GPU is left out, for this loader and for timm's alike.
+    """
     cpu = torch.device("cpu")
-    contenders = {
+    starts = {
         "this loader, device augmentation": lambda: of_this_loader(config, True, device),
         "this loader, all on the CPU": lambda: of_this_loader(config, False, cpu, whole=True),
-        "timm create_loader": lambda: of_timm(config, device, whole=device.type == "cuda"),
-        "timm create_loader, all on the CPU": lambda: of_timm(config, cpu, whole=True),
-        "torchvision, published transform": lambda: of_torchvision(config),
+        TIMM: lambda: of_timm(config, device, whole=device.type == "cuda"),
+        f"{TIMM}, all on the CPU": lambda: of_timm(config, cpu, whole=True),
+        TORCHVISION: lambda: of_torchvision(config),
     }
     if arguments.prepared:
         prepared = config_for(arguments, arguments.prepared)
-        contenders["this loader, device, --prepared"] = lambda: of_this_loader(prepared, True, device)
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        contenders["NVIDIA DALI, decode, crop, flip"] = lambda: of_dali(config)
-    return contenders
+        starts["this loader, device, --prepared"] = lambda: of_this_loader(prepared, True, device)
+    if find_spec("nvidia") and find_spec("nvidia.dali"):
+        starts["NVIDIA DALI, decode, crop, flip"] = lambda: of_dali(config)
+    return starts
 
 
-def config_for(arguments: argparse.Namespace, path: str):
+def config_for(arguments: Namespace, path: str):
+    """The settings of the loaders, for the images below ``path``."""
     opts = ["DATA.NUM_WORKERS", str(arguments.workers), "DATA.BATCH_SIZE", str(arguments.batch_size)]
     return build_config(arguments.cfg, opts, [("DATA.DATA_PATH", str(path), "--data-path")])
 
 
 def of_this_loader(config, on_device: bool, device: torch.device, whole: bool = False) -> Iterator[int]:
-    """``whole`` asks for the finished batch where the device is a CPU."""
+    """Start this project's loader; ``whole`` asks for the finished batch where the device is a CPU."""
     images = open_images(config, training=True)[0]
-    batches = TrainBatches(len(images), min(config.DATA.BATCH_SIZE, len(images)), 1, 0, 1, config.SEED)
-    on_device = on_device and augments_on_device(config, torch.device("cuda", 0))
-    transform = build_train_transform(config, on_device)
+    transform = build_train_transform(config, on_device and augments_on_device(config, torch.device("cuda", 0)))
     stage = build_train_stage(config, device) if whole or device.type == "cuda" else NoStage()
-    dataset = ImageDataset(images, DecodeAndTransform(transform, build_decoding(config)), config.SEED, True)
-    loader = TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, transform.size, stage, print)
-    batches.last_step = ENDLESS
+    sample = DecodeAndTransform(transform, build_decoding(config))
+    loader = build_train_loader(config, images, sample, transform.size, stage)
+    loader.batches.last_step, loader.on_bad_image = ENDLESS, print
     return (len(batch.images) for batch in loader)
 
 
@@ -115,21 +99,19 @@ class NoStage:
 
 
 def of_timm(config, device: torch.device, whole: bool) -> Iterator[int]:
+    """Start timm's; ``whole`` asks it to normalise and erase too."""
     dataset = create_dataset("", root=str(Path(config.DATA.DATA_PATH) / "train"))
     dataset.reader.samples = lengthened(dataset.reader.samples)
     loader = create_loader(
         dataset, config.DATA.IMG_SIZE, config.DATA.BATCH_SIZE, is_training=True, num_workers=config.DATA.NUM_WORKERS,
-        device=device, pin_memory=device.type == "cuda", re_prob=config.AUG.REPROB, re_mode=config.AUG.REMODE,
-        re_count=config.AUG.RECOUNT, **recipe(config),
+        device=device, pin_memory=device.type == "cuda", **recipe(config),
     )  # fmt: skip
     return (len(targets) for _, targets in (loader if whole else loader.loader))
 
 
 def of_torchvision(config) -> Iterator[int]:
-    transform = create_transform(
-        config.DATA.IMG_SIZE, is_training=True, re_prob=config.AUG.REPROB, re_mode=config.AUG.REMODE,
-        re_count=config.AUG.RECOUNT, **recipe(config),
-    )  # fmt: skip
+    """Start torch's, with the transform of the published recipe."""
+    transform = create_transform(config.DATA.IMG_SIZE, is_training=True, **recipe(config))
     dataset = ImageFolder(str(Path(config.DATA.DATA_PATH) / "train"), transform)
     dataset.samples = lengthened(dataset.samples)
     loader = DataLoader(dataset, config.DATA.BATCH_SIZE, shuffle=True, num_workers=config.DATA.NUM_WORKERS)
@@ -137,17 +119,18 @@ def of_torchvision(config) -> Iterator[int]:
 
 
 def lengthened(samples: list) -> list:
-    """Repeated to some hundred thousand images: the end of a short epoch would stop loaders that begin each anew."""
+    """Repeat them to some hundred thousand images: the end of a short epoch would stop loaders that begin each anew."""
     return samples * max(1, 200_000 // len(samples))
 
 
 def recipe(config) -> dict:
-    """The augmentation in timm's words."""
+    """Say the augmentation in timm's words."""
     aug = config.AUG
     return dict(
         scale=tuple(aug.SCALE), ratio=tuple(aug.RATIO), hflip=aug.HFLIP, color_jitter=aug.COLOR_JITTER or None,
         auto_augment=None if aug.AUTO_AUGMENT == "none" else aug.AUTO_AUGMENT,
         interpolation=config.DATA.INTERPOLATION, mean=tuple(config.DATA.MEAN), std=tuple(config.DATA.STD),
+        re_prob=aug.REPROB, re_mode=aug.REMODE, re_count=aug.RECOUNT,
     )  # fmt: skip
 
 
@@ -171,19 +154,18 @@ def of_dali(config) -> Iterator[int]:
         yield len(running.run()[1])
 
 
-def images_per_second(start: Contender, workers: int, batches: int) -> float:
-    """Of ``batches`` batches after a warm-up; more of them where many workers deliver their first ones at once."""
+def images_per_second(start: Callable[[], Iterator[int]], workers: int, batches: int) -> float:
+    """Time ``batches`` batches after a warm-up; more of them where many workers deliver their first ones at once."""
     counts = start()
     for _ in itertools.islice(counts, max(WARM_UP_BATCHES, 3 * workers)):
         pass
-    began = time.perf_counter()
-    images = sum(itertools.islice(counts, max(batches, 8 * workers)))
-    synchronize()
-    return images / (time.perf_counter() - began)
+    taken: list[int] = []
+    elapsed = seconds(lambda: taken.extend(itertools.islice(counts, max(batches, 8 * workers))))
+    return sum(taken) / elapsed
 
 
 def stage_milliseconds(config, device: torch.device) -> dict[str, float]:
-    """Of one image on one core (the last one: of a batch on the device), in the order of the work."""
+    """Time one image on one core (the last two: a batch on the device), in the order of the work."""
     images = open_images(config, training=True)[0]
     here, there = build_train_transform(config, False), build_train_transform(config, True)
     stage = build_train_stage(config, device)
@@ -203,40 +185,33 @@ def stage_milliseconds(config, device: torch.device) -> dict[str, float]:
         f"normalise and erase ({device.type})": lambda: stage(batch, erasing),
         f"the same and augment ({device.type})": lambda: stage(batch, whole),
     }
-    return {name: milliseconds(run) / (len(batch) if "(" in name else len(chosen)) for name, run in stages.items()}
+    images_of = {name: len(batch) if "(" in name else len(chosen) for name in stages}
+    return {name: 1e3 * median_seconds(run) / images_of[name] for name, run in stages.items()}
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median of three runs after one that does not count."""
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        run()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[1:])
+def median_seconds(run: Callable[[], object]) -> float:
+    """Time three runs after one that does not count."""
+    run()
+    return statistics.median(seconds(run) for _ in range(3))
 
 
-def print_data_report(report: dict, arguments: argparse.Namespace) -> None:
-    console = Console()
-    title = f"{arguments.workers} workers, batches of {arguments.batch_size}"
+def tables(report: dict) -> list[Table]:
+    """Every loader beside timm's and torchvision's; every stage of this one."""
+    settings, figures = report["settings"], report["images_per_second"]
+    title = f"Loaders: {settings['workers']} workers, batches of {settings['batch_size']}."
     if report["machine"]["device"] == "no GPU":
-        title += "; no GPU: its share is left out of device augmentation, and of timm's create_loader alike"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("loader", "images/s", "min - max", "x timm", "x torchvision"):
-        table.add_column(column, justify="left" if column == "loader" else "right")
-    figures = report["images_per_second"]
-    timms = next(statistics.median(values) for name, values in figures.items() if name.startswith("timm"))
-    published = next(statistics.median(values) for name, values in figures.items() if name.startswith("torchvision"))
-    for name, values in figures.items():
-        median = statistics.median(values)
-        spread = f"{min(values):,.0f} - {max(values):,.0f}"
-        table.add_row(name, f"{median:,.0f}", spread, f"{median / timms:.2f}", f"{median / published:.2f}")
-    console.print(table)
-    table = Table(title="this loader, one core", box=box.SIMPLE_HEAD)
-    table.add_column("stage")
-    table.add_column("ms an image", justify="right")
-    for name, value in report["milliseconds_per_image"].items():
-        table.add_row(name, f"{value:.3f}")
-    console.print(table)
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+        title += " The share of a GPU is left out of device augmentation, and of timm's create_loader alike."
+    rows = [
+        [
+            name,
+            rounded(statistics.median(values)),
+            common.spread(values),
+            *(f"{ratio(values, figures[other]):.2f}" for other in (TIMM, TORCHVISION)),
+        ]
+        for name, values in figures.items()
+    ]
+    stages = [[name, f"{value:.3f}"] for name, value in report["milliseconds_per_image"].items()]
+    return [
+        Table(title, ["loader", "images/s", "+-", "x timm", "x torchvision"], rows),
+        Table("This loader on one core.", ["stage", "ms an image"], stages),
+    ]

@@ -3,97 +3,85 @@
 import statistics
 from pathlib import Path
 
-from scripts.benchmarks.common import show
 from scripts.benchmarks.contenders import PLAIN
 
-FAMILIES = ("crossformer_", "crossformerpp_", "swin_", "convnext_", "vit_")
-"""Each has a colour, and a plain implementation that of its variant."""
+COLOURS = {
+    "crossformer_": "tab:blue", "crossformerpp_": "tab:purple", "swin_": "tab:green", "convnext_": "tab:red",
+    "vit_": "tab:orange",
+}  # fmt: skip
+"""Of each family of networks."""
 
-LABEL_WIDTH, LABEL_HEIGHT = 0.27, 0.03
-"""As shares of the axis: labels nearer than this in both are moved apart."""
+CENTRE, SIMILAR = "crossformer_small", 0.25
+"""Networks are drawn whose GMAC differ from those of this one (the first where it is not there) by a smaller share."""
+
+LABEL_HEIGHT = 0.055
+"""Of the axis: names at the ends of lines keep this distance."""
 
 
-def draw_models(report: dict, path: Path) -> None:
-    """Images/s over GMAC, and over the batch size, as a PNG. Full marks are inference, empty ones training."""
+def draw_models(report: dict, path: Path) -> bool:
+    """Draw images per second over the batch size, in inference and in training, as a PNG.
+
+    A line with its name at its end for each network of about one size; others would ask for a scale of their own.
+
+    Returns:
+        False where nothing was drawn: there is but one batch size, or matplotlib is not installed.
+    """
+    sizes = report["batch_sizes"]
     try:
         import matplotlib
     except ImportError:
-        show("no picture: matplotlib is not installed")
-        return
+        return False
+    if len(sizes) == 1:
+        return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import ScalarFormatter
 
-    figure, (over_gmac, over_batch) = plt.subplots(
-        1, 2, figsize=(14, 6.5), width_ratios=(1.25, 1), layout="constrained"
-    )
-    settings, device = report["settings"], report["machine"]["device"]
-    device = report["machine"]["cpu"] if device == "no GPU" else device
-    figure.suptitle(
-        f"{device}, torch {report['machine']['torch']}, {report['precision']}, "
-        f"{settings['image_size']} x {settings['image_size']}, compile {settings['compile']}",
-        fontsize="medium",
-    )
-    labels = []
-    for model in report["models"]:
-        style = dict(color=colour_of(model["name"]), linestyle="--" if model["name"].startswith(PLAIN) else "-")
-        for kind, face in (("inference", style["color"]), ("training", "white")):
-            measured = [b for b in model["batches"] if b[kind]["images_per_second"]]
+    models = report["models"]
+    size = next((model for model in models if model["name"] == CENTRE), models[0])["gmac"]
+    drawn = [model for model in models if abs(model["gmac"] / size - 1) < SIMILAR]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
+    for axis, kind in zip(axes, ("inference", "training"), strict=True):
+        ends = []
+        for model in drawn:
+            measured = [batch for batch in model["batches"] if batch[kind]["images_per_second"]]
             if not measured:
                 continue
-            speeds = [statistics.median(b[kind]["images_per_second"]) for b in measured]
-            mark = dict(marker=marker_of(model["name"]), markerfacecolor=face, markersize=6, color=style["color"])
-            over_batch.plot([b["batch_size"] for b in measured], speeds, linewidth=1, **{**mark, **style})
-            if measured[-1] is model["batches"][-1]:
-                over_gmac.plot(model["gmac"], speeds[-1], **mark)
-                if kind == "inference":
-                    labels.append((model["gmac"], speeds[-1], model["name"], style["color"]))
-    for axis in (over_gmac, over_batch):
-        axis.set(xscale="log", yscale="log", ylabel="images/s")
-        axis.grid(alpha=0.3, which="both", linewidth=0.5)
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_formatter(ScalarFormatter())
-            side.set_minor_formatter(ScalarFormatter())
-            side.set_tick_params(which="both", labelsize="small")
-    over_gmac.set(xlabel="GMAC of an image", title=f"batch {settings['batch_sizes'][-1]:,}")
-    over_batch.set(xlabel="batch size", title="over the batch size")
-    over_batch.set_xticks(settings["batch_sizes"], [f"{n:,}" for n in settings["batch_sizes"]])
-    over_batch.xaxis.minorticks_off()
-    over_gmac.margins(x=0.18, y=0.15)
-    legend = [Line2D([], [], color="grey", marker="o", linestyle="", label="inference")]
-    legend.append(Line2D([], [], color="grey", marker="o", linestyle="", markerfacecolor="white", label="training"))
-    legend.append(Line2D([], [], color="grey", linestyle="--", marker="X", label="plain implementation"))
-    over_batch.legend(handles=legend, fontsize="small")
-    figure.canvas.draw()  # fixes the limits, which labels depend on
-    write_labels(over_gmac, labels)
+            speeds = [statistics.median(batch[kind]["images_per_second"]) for batch in measured]
+            style = dict(color=colour_of(model["name"]), linestyle="--" if model["name"].startswith(PLAIN) else "-")
+            axis.plot([batch["batch_size"] for batch in measured], speeds, marker="o", markersize=4, **style)
+            ends.append((measured[-1]["batch_size"], speeds[-1], model["name"], style["color"]))
+        axis.set(xlabel="batch size", xscale="log", ylim=(0, 1.06 * max((end[1] for end in ends), default=1)))
+        axis.set_title(f"{kind.capitalize()}, images per second", loc="left")
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        axis.xaxis.minorticks_off()
+        axis.grid(axis="y", alpha=0.3, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        name_lines(axis, ends)
+    of, settings = report["machine"], report["settings"]
+    figure.text(
+        0.01, 0.015,
+        f"{of['cpu'] if of['device'] == 'no GPU' else of['device']}, {report['precision']}, {settings['image_size']} x "
+        f"{settings['image_size']}, torch {of['torch']}; dashed: models/reference.py",
+        fontsize="small", color="dimgrey",
+    )  # fmt: skip
+    figure.subplots_adjust(left=0.04, right=0.84, top=0.92, bottom=0.17, wspace=0.58)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    return True
 
 
-def write_labels(axis, labels: list[tuple[float, float, str, str]]) -> None:
-    """Beside their points, towards the middle; pushed up where they would cover each other."""
-    to_axis = axis.transData + axis.transAxes.inverted()
-    placed: list[tuple[float, float]] = []
-    for gmac, speed, name, colour in sorted(labels, key=lambda label: label[1]):
-        x, y = to_axis.transform((gmac, speed))
-        for other_x, other_y in sorted(placed, key=lambda place: place[1]):
-            if abs(other_x - x) < LABEL_WIDTH and abs(other_y - y) < LABEL_HEIGHT:
-                y = other_y + LABEL_HEIGHT
-        placed.append((x, y))
-        left = x > 1 - LABEL_WIDTH
+def name_lines(axis, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each name beside the last point (x, y, name, colour) of its line, pushed up where two would overlap."""
+    below = -1.0
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        below = max(y / axis.get_ylim()[1], below + LABEL_HEIGHT)
         axis.annotate(
-            name, (gmac, speed), (x - 0.02 if left else x + 0.02, y), textcoords=axis.transAxes,
-            va="center", ha="right" if left else "left", color=colour, fontsize="small",
-            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, shrinkA=0, shrinkB=3),
+            name, (x, y), (1.03, below), textcoords="axes fraction", va="center", color=colour, annotation_clip=False,
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.5, shrinkA=0, shrinkB=2),
         )  # fmt: skip
 
 
 def colour_of(name: str) -> str:
-    """One for each family, from matplotlib's ten."""
+    """That of the family; a plain implementation has that of its variant."""
     name = name.removeprefix(PLAIN)
-    return next((f"C{i}" for i, family in enumerate(FAMILIES) if name.startswith(family)), f"C{len(FAMILIES)}")
-
-
-def marker_of(name: str) -> str:
-    return "X" if name.startswith(PLAIN) else "o"
+    return next((colour for family, colour in COLOURS.items() if name.startswith(family)), "dimgrey")
