@@ -26,10 +26,7 @@ APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use 
 
 FLAGS = {
     "--data-path": ("DATA.DATA_PATH", dict(metavar="DIR", help="folder of the data set (docs/data.md)")),
-    "--zip": (
-        "DATA.FORMAT",
-        dict(action="store_const", const="zip", help="read train.zip with train_map.txt, and val"),
-    ),
+    "--zip": ("DATA.FORMAT", dict(action="store_const", const="zip", help="read train.zip, train_map.txt, and val")),
     "--cache-mode": ("DATA.CACHE_MODE", dict(metavar="MODE", help="read the data into memory first: no, part or full")),
     "--batch-size": ("DATA.BATCH_SIZE", dict(metavar="N", type=int, help="images of a process in a micro-batch")),
     "--resume": ("MODEL.RESUME", dict(metavar="FILE", help="checkpoint to carry on from, or to evaluate")),

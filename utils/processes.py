@@ -11,8 +11,6 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-import torch
-
 from utils.errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -33,6 +31,8 @@ def end_with_parent(number: int) -> None:
 
 def begin_worker() -> None:
     """Make the process that calls this a worker of its parent: it ends with it, and uses one core."""
+    import torch  # not above: whoever asks for a list or makes a mistake need not wait for it
+
     end_with_parent(signal.SIGKILL)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a live bar's stand-ins hold a lock that was copied locked
     torch.set_num_threads(1)
