@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def start(
-    *command, nproc: int = 1, fresh: bool = False, cwd: Path = ROOT, timeout: float = 300, **environment
+    *command, nproc: int = 1, fresh: bool = False, cwd: Path = ROOT, timeout: float = 600, **environment
 ) -> subprocess.CompletedProcess:
     """Run ``python COMMAND`` to its end, as so many processes as torchrun would start.
 

@@ -13,10 +13,11 @@ from commands import start
 from conftest import ROOT, assert_same_tensors
 
 RANDOM = (
+    "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]",
     "MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.25",
     "TRAIN.EMA_DECAY", "0.9", "TRAIN.SAVE_EVERY_STEPS", "1",
 )  # fmt: skip
-"""Everything random is on, and each step is saved."""
+"""A small network, everything that is random, and each step is saved."""
 
 
 class Run:

@@ -21,8 +21,7 @@ from utils.errors import UserError
 from utils.files import MOST_BYTES_WAITING, Appender, Unwritten, remove_temporaries, write_whole
 
 FLAGS = (
-    *TINY_RUN, *RANDOM, "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]",
-    "TRAIN.EPOCHS", "3", "TRAIN.KEEP_EVERY_EPOCHS", "1", "--batch-size", "12",
+    *TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "3", "TRAIN.KEEP_EVERY_EPOCHS", "1", "--batch-size", "12",
 )  # fmt: skip
 
 
