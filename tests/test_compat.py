@@ -62,9 +62,9 @@ def test_a_compiled_model_is_known():
     assert not is_compiled(copy.deepcopy(model))
 
 
-def test_a_compiled_model_inside_ddp_stays_whole(monkeypatch):
+@torch._dynamo.config.patch(optimize_ddp=True)
+def test_a_compiled_model_inside_ddp_stays_whole():
     """Two layers that each fill a bucket: left to itself, torch.compile makes two graphs of them."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     graphs = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -80,15 +80,15 @@ def test_a_compiled_model_inside_ddp_stays_whole(monkeypatch):
         dist.destroy_process_group()
 
 
-def test_more_models_than_usual_are_compiled(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_more_models_than_usual_are_compiled():
     graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compile_many_models(12)
     for size in range(1, 11):
         model = nn.Linear(size, 1)
