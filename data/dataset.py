@@ -129,7 +129,7 @@ class ImageDataset(Dataset):
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
             try:
-                sample = self.sample(self._read(candidate), look)
+                sample = self.sample(read_item(self.index, candidate), look)
             except BadImage as error:
                 bad.append(f"{self.index.name(candidate)}: {error}")
             except UserError as error:
@@ -143,15 +143,23 @@ class ImageDataset(Dataset):
         failure = f"image {self.index.name(candidate)}: the {len(bad)}th in a row" if self.replace_bad else ""
         return Item(None, bad=tuple(bad), failure=failure)
 
-    def _read(self, i: int) -> Any:
-        try:
-            return self.index[i]
-        except UserError:
+
+def read_item(index: Index, i: int) -> Any:
+    """Read ``index[i]``.
+
+    Raises:
+        BadImage: what the index has of the image is damaged.
+        OSError: its file cannot be opened or read.
+        UserError: from the index.
+    """
+    try:
+        return index[i]
+    except UserError:
+        raise
+    except Exception as error:  # decompression and data sets of others fail in arbitrary ways on arbitrary bytes
+        if getattr(error, "errno", None):  # it is not the image that is bad
             raise
-        except Exception as error:  # decompression and data sets of others fail in arbitrary ways on arbitrary bytes
-            if getattr(error, "errno", None):  # it is not the image that is bad
-                raise
-            raise BadImage(str(error) or type(error).__name__) from error
+        raise BadImage(str(error) or type(error).__name__) from error
 
 
 class BatchDataset(Dataset):

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.build import open_images
-from data.decoding import Decoding, decode_with_orientation, is_deep_grey, open_picture
+from data.dataset import read_item
+from data.decoding import BadImage, Decoding, decode_with_orientation, is_deep_grey, open_picture
 from data.index import Index, open_index
 from data.layouts import find_layout
 from utils.errors import UserError
@@ -81,19 +82,19 @@ class Inspection:
     colours: np.ndarray
 
     def having(self, kind: str) -> np.ndarray:
-        """The images of a kind."""
+        """Find the images of a kind, by number."""
         return np.flatnonzero(self.records["kinds"] & BIT[kind])
 
     def decoded(self) -> np.ndarray:
-        """The images that can be decoded."""
+        """Find the images that can be decoded, by number."""
         return np.flatnonzero(self.records["width"])
 
     def labels(self) -> np.ndarray:
-        """The class of each image; a data set of timm's tells those of readable images only, else -1."""
+        """List the class of each image; a data set of timm's tells those of readable images only, else -1."""
         return getattr(self.index, "labels", self.records["label"])
 
     def detail(self, kind: str, i: int) -> str:
-        """What else there is to say of an image of a kind."""
+        """Say what else there is to know of an image of a kind."""
         record = self.records[i]
         if kind in FAULTS:
             return self.reasons[i]
@@ -161,17 +162,15 @@ def examine(index: Index, i: int, record: np.void, decoding: Decoding) -> tuple[
     """Fill in the record of image ``i``; returns its pixels, or the kind of fault that it has and the reason."""
     try:
         record["label"] = -1
-        data, record["label"] = index[i]
-    except UserError as error:
-        return None, "unreadable", str(error)
-    except Exception as error:  # an archive's compressed bytes, or whatever a library of timm's makes of them
-        if getattr(error, "errno", None):
-            return None, "unreadable", error.strerror
+        data, record["label"] = read_item(index, i)
+    except (UserError, OSError) as error:
+        return None, "unreadable", getattr(error, "strerror", None) or str(error)
+    except BadImage as error:
         return None, "broken", one_line(error)
     if isinstance(data, bytes):
         record["bytes"] = len(data)
     try:
-        record["hash"] = fingerprint(data, decoding)
+        record["hash"] = hash_of(data, decoding)
         pixels, record["orientation"] = decode_with_orientation(data, decoding)
     except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
         reason = one_line(error)
@@ -190,8 +189,8 @@ def examine(index: Index, i: int, record: np.void, decoding: Decoding) -> tuple[
     return pixels, "", ""
 
 
-def fingerprint(data: bytes | Image.Image, decoding: Decoding) -> int:
-    """64 bits of a hash, and 0 of nothing."""
+def hash_of(data: bytes | Image.Image, decoding: Decoding) -> int:
+    """Hash an image's bytes (or pixels, where it comes decoded) to 64 bits; 0 of nothing."""
     content = data
     if isinstance(data, Image.Image):
         with open_picture(data, decoding.max_pixels) as picture:  # refuses what is not to be opened
@@ -200,7 +199,7 @@ def fingerprint(data: bytes | Image.Image, decoding: Decoding) -> int:
 
 
 def oddities(picture: Image.Image, name: str) -> Iterator[str]:
-    """The kinds that an image's header tells of."""
+    """Yield the kinds that an image's header tells of."""
     mode = picture.mode
     said = Image.registered_extensions().get(Path(name).suffix.lower())
     found = {"MPO": "JPEG"}.get(picture.format, picture.format)  # a JPEG with a preview behind it
@@ -219,7 +218,7 @@ def oddities(picture: Image.Image, name: str) -> Iterator[str]:
 
 
 def mean_and_variance(pixels: Tensor) -> np.ndarray:
-    """Of each channel of an image ``(3, H, W)``: ``(2, 3)``, where white is 1. A large one is thinned out."""
+    """Measure each channel of an image ``(3, H, W)``: ``(2, 3)``, where white is 1. A large one is thinned out."""
     step = 1 + math.isqrt(pixels[0].numel() // COLOUR_PIXELS)
     pixels = pixels[:, ::step, ::step]
     variance, mean = torch.var_mean(pixels.flatten(1).float() / 255, dim=1, correction=0)
@@ -227,7 +226,7 @@ def mean_and_variance(pixels: Tensor) -> np.ndarray:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says."""
+    """Put what an error says into one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -235,7 +234,7 @@ def one_line(error: Exception) -> str:
 
 
 def make_report(config, splits: dict[str, Inspection], classes: list[str]) -> dict:
-    """All that was found, as JSON takes it."""
+    """Gather all that was found, as JSON takes it."""
     leaks = find_leaks(splits, classes)
     faulty = any(len(split.having(kind)) for split in splits.values() for kind in FAULTS)
     return {
@@ -251,7 +250,7 @@ def make_report(config, splits: dict[str, Inspection], classes: list[str]) -> di
 
 
 def describe_split(split: Inspection, classes: list[str]) -> dict:
-    """A split's part of the report."""
+    """Make a split's part of the report."""
     formats, counts = np.unique(split.records["format"][split.decoded()], return_counts=True)
     return {
         "images": len(split.records),
@@ -267,7 +266,7 @@ def describe_split(split: Inspection, classes: list[str]) -> dict:
 
 
 def count_classes(split: Inspection, classes: list[str]) -> dict:
-    """How many images the classes have, and which have none."""
+    """Count how many images the classes have, and list those that have none."""
     labels = split.labels()
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     present = np.flatnonzero(counts)
@@ -285,7 +284,7 @@ def count_classes(split: Inspection, classes: list[str]) -> dict:
 
 
 def measure_sizes(split: Inspection) -> dict | None:
-    """Of the images that can be decoded."""
+    """Sum up pixels and bytes of the images that can be decoded; None where there is none."""
     records = split.records[split.decoded()]
     if not len(records):
         return None
@@ -300,7 +299,7 @@ def measure_sizes(split: Inspection) -> dict | None:
 
 
 def measure_colours(colours: np.ndarray) -> dict | None:
-    """Of a sample, in which each image weighs the same, as it does in training."""
+    """Average over a sample, in which each image weighs the same, as it does in training; None of an empty one."""
     if not len(colours):
         return None
     means, variances = colours.astype(np.float64).transpose(1, 0, 2)
@@ -314,13 +313,13 @@ def measure_colours(colours: np.ndarray) -> dict | None:
 
 
 def list_findings(split: Inspection, kind: str) -> list[dict[str, str]]:
-    """The images of a kind, with what else there is to say of them."""
+    """List the images of a kind, with what else there is to know of them."""
     found = [(split.index.name(i), split.detail(kind, i)) for i in split.having(kind).tolist()]
     return [{"image": name, "detail": detail} if detail else {"image": name} for name, detail in found]
 
 
 def find_duplicates(split: Inspection, classes: list[str]) -> list[dict]:
-    """The images of a split that have the same bytes, and their classes."""
+    """List the images of a split that have the same bytes, and their classes."""
     return [
         {"images": [split.index.name(i) for i in group], "classes": sorted(class_names(split, group, classes))}
         for group in equal_groups(split.records["hash"])
@@ -328,7 +327,7 @@ def find_duplicates(split: Inspection, classes: list[str]) -> list[dict]:
 
 
 def find_leaks(splits: dict[str, Inspection], classes: list[str]) -> list[dict]:
-    """The images that are both in train and in val, and their classes."""
+    """List the images that are both in train and in val, and their classes."""
     if len(splits) < 2:
         return []
     train, val = splits["train"], splits["val"]
@@ -348,7 +347,7 @@ def find_leaks(splits: dict[str, Inspection], classes: list[str]) -> list[dict]:
 
 
 def equal_groups(hashes: np.ndarray) -> list[list[int]]:
-    """The positions of each hash that occurs more than once, in order; 0 is none."""
+    """Find the positions of each hash that occurs more than once, in order; 0 is none."""
     order = np.argsort(hashes, kind="stable")
     same = np.diff(hashes[order]) == 0
     order = order[(np.append(same, False) | np.insert(same, 0, False)) & (hashes[order] != 0)]
@@ -357,5 +356,5 @@ def equal_groups(hashes: np.ndarray) -> list[list[int]]:
 
 
 def class_names(split: Inspection, images: list[int], classes: list[str]) -> set[str]:
-    """Those of some images."""
+    """Name the classes of some images."""
     return {classes[label] for label in split.labels()[images]}

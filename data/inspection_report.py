@@ -46,7 +46,7 @@ def print_report(report: dict, left_out: str, file: Path, sheet: Path | None) ->
 
 
 def class_table(report: dict) -> Table:
-    """How many images there are of each split and class."""
+    """Tabulate how many images there are of each split and class."""
     table = Table("", "images", "decoded", "classes", "smallest class", "median", "largest class", box=None)
     for name, split in report["splits"].items():
         counts = split["images_per_class"]
@@ -58,7 +58,7 @@ def class_table(report: dict) -> Table:
 
 
 def size_table(report: dict) -> Table:
-    """How large the images are."""
+    """Tabulate how large the images are."""
     table = Table("", "min", "median", "mean", "max", box=None)
     for name, split in report["splits"].items():
         for what, values in (split["sizes"] or {}).items():

@@ -70,13 +70,13 @@ class Preview:
         return torch.stack(mixed)
 
     def pictures(self, images: Tensor) -> list[Image.Image]:
-        """Normalised images ``(B, 3, H, W)`` as they were before."""
+        """Undo the normalising of images ``(B, 3, H, W)``."""
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.DATA.MEAN, self.config.DATA.STD))
         return [tensor_to_pil(x) for x in (255 * (images.cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8)]
 
 
 def build_mixings(config, num_classes: int) -> dict[str, Callable]:
-    """Mixup and cutmix, as far as they are on, each alone and on every batch; the keys say how often they are drawn."""
+    """Build mixup and cutmix, as far as they are on, each for every batch; the keys say how often they are drawn."""
     aug = config.AUG
     cutmix = bool(aug.CUTMIX or aug.CUTMIX_MINMAX)
     share = {"mixup": float(bool(aug.MIXUP)), "cutmix": float(cutmix)}
@@ -99,7 +99,7 @@ def build_mixings(config, num_classes: int) -> dict[str, Callable]:
 
 
 def describe_augmentation(config) -> str:
-    """Its settings, in a line."""
+    """Put the settings of augmentation into a line."""
     aug, (height, width) = config.AUG, height_and_width(config.DATA.IMG_SIZE)
     policy = aug.AUTO_AUGMENT if aug.AUTO_AUGMENT != "none" else f"colour jitter {aug.COLOR_JITTER:g}"
     return (

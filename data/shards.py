@@ -22,13 +22,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.archive import ArchiveIndex, class_and_name
-from data.decoding import ORIENTATION, Decoding, decode_with_orientation, jpeg_size, tensor_to_pil
+from data.dataset import read_item
+from data.decoding import ORIENTATION, BadImage, Decoding, decode_with_orientation, jpeg_size, tensor_to_pil
 from data.files import is_companion, is_image
 from data.folder import FileIndex
 from data.index import Index
 from data.sampling import epoch_order
 from utils.errors import UserError
-from utils.files import remove_temporaries, replacing, writing
+from utils.files import reason_of, remove_temporaries, replacing, writing
 from utils.names import printable
 from utils.processes import forked
 
@@ -135,7 +136,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def folders_of(classes: list[str], zipped: bool) -> list[str]:
-    """Names whose sorted order is that of the classes, since a reader of tar files numbers them so."""
+    """Name a folder for each class, sorted as the classes are, since a reader of tar files numbers them so."""
     names = [name.replace("/", "_") for name in classes]
     if zipped:  # a line of the map file, and a name in the archive, must be text
         names = ["".join(letter if letter.isprintable() else "_" for letter in name) for name in names]
@@ -208,12 +209,12 @@ def write_zip(split: Split, out: Path, workers: int) -> Iterator[Made]:
 
 
 def prepare_all(split: Split, numbers: range) -> list[Prepared | str]:
-    """All of these images, for another process."""
+    """Prepare all of these images, for another process."""
     return list(prepare(split, numbers))
 
 
 def count(image: Prepared | str) -> Made:
-    """An image alone."""
+    """Count an image alone."""
     return Made(skipped=(image,)) if isinstance(image, str) else Made(1, image.before, len(image.data))
 
 
@@ -229,14 +230,12 @@ def prepare(split: Split, numbers: Iterable[int]) -> Iterator[Prepared | str]:
     index, recipe = split.index, split.recipe
     for i in numbers:
         try:
-            source, label = index[i]
-            data = shrunk(source, recipe)
-        except UserError:
-            raise
-        except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
-            if getattr(error, "errno", None):  # it is not the image that is bad
-                raise UserError(f"image {printable(index.name(i))}: {error.strerror}") from error
-            line = printable(f"{index.name(i)}: {str(error) or type(error).__name__}")
+            source, label = read_item(index, i)
+            data = shrink(source, recipe)
+        except OSError as error:
+            raise UserError(f"image {printable(index.name(i))}: {reason_of(error)}") from error
+        except BadImage as error:
+            line = printable(f"{index.name(i)}: {error}")
             if not recipe.skip_bad:
                 raise UserError(f"image {line}; mend or remove it, or go on without it: --on-bad-image skip") from error
             yield line
@@ -245,8 +244,8 @@ def prepare(split: Split, numbers: Iterable[int]) -> Iterator[Prepared | str]:
             yield Prepared(name, label, len(source) if isinstance(source, bytes) else len(data), data)
 
 
-def shrunk(data: bytes | Image.Image, recipe: Recipe) -> bytes:
-    """The file with a short side of at most ``recipe.short_side`` pixels, as JPEG; one that is small enough as it is.
+def shrink(data: bytes | Image.Image, recipe: Recipe) -> bytes:
+    """Make a JPEG with a short side of at most ``recipe.short_side`` pixels of a file; one that is small enough stays.
 
     What is written anew keeps its EXIF orientation, so that DATA.UPRIGHT means the same for it as for the original;
     unless it is turned here, which happens to small ones too.
@@ -276,7 +275,7 @@ def shrunk(data: bytes | Image.Image, recipe: Recipe) -> bytes:
 
 
 def name_in_class(index: Index, i: int) -> str:
-    """The name that sorts image ``i`` within its class; no two images of a class have the same."""
+    """Find the name that sorts image ``i`` within its class; no two images of a class have the same."""
     if isinstance(index, FileIndex):
         name = "".join(letter if letter.isprintable() else "?" for letter in index.name_in_class(i))
         stem, _, suffix = name.rpartition(".")
@@ -292,17 +291,17 @@ def name_in_class(index: Index, i: int) -> str:
 
 
 def visible(name: str) -> str:
-    """The name, changed where whoever reads the archive would take it for a hidden file."""
+    """Change a name where whoever reads the archive would take it for a hidden file."""
     return "/".join(f"_{part}" if is_companion(part) else part for part in name.split("/"))
 
 
 def member_in_class(index: ArchiveIndex, i: int) -> str:
-    """The name in the archive, without the folder of the class if it has one."""
+    """Take the name in the archive, without the folder of the class if it has one."""
     member = index.member(i)
     folder, name = class_and_name(member)
     return name if not folder or folder == index.classes[index.labels[i]] else member
 
 
 def is_ambiguous(name: str) -> bool:
-    """Whether other names may have been turned into this one, because they were too long or held odd characters."""
+    """Tell whether other names may have become this one, because they were too long or held odd characters."""
     return "?" in name or "\ufffd" in name or len(os.fsencode(name)) > LONGEST_PLAIN_NAME
