@@ -38,6 +38,10 @@ AT_LEAST = {"image_size": 32}
 """The smallest number that an option may have; 1 where nothing is said."""
 
 
+def main() -> int:
+    return run_command(benchmark, sys.argv[1:])
+
+
 def benchmark(arguments: list[str]) -> None:
     for chosen_one in chosen(parse(arguments)):
         make_folder(chosen_one.output)
@@ -109,4 +113,4 @@ def chosen(parsed: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(benchmark, sys.argv[1:]))
+    sys.exit(main())
