@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from timeit import timeit
 from typing import Any, NamedTuple
 
 import timm
@@ -28,6 +27,7 @@ from utils import checkpoint
 from utils.errors import UserError
 from utils.files import writing
 from utils.settings import get
+from utils.timing import seconds
 
 TOLERANCE = 1e-4
 OPSET = 20
@@ -161,8 +161,8 @@ def run_settings(path: str) -> str:
 def images_per_second(functions: list[Callable], images: Tensor) -> list[float]:
     """Medians of rounds in which each function has its turn."""
     turns = [partial(function, images) for function in functions]
-    calls = max(1, round(SECONDS_PER_ROUND / max(timeit(turn, number=1) for turn in turns)))
-    rounds = [[calls * len(images) / timeit(turn, number=calls) for turn in turns] for _ in range(ROUNDS)]
+    calls = max(1, round(SECONDS_PER_ROUND / max(map(seconds, turns))))
+    rounds = [[len(images) / seconds(turn, calls) for turn in turns] for _ in range(ROUNDS)]
     return [median(speeds) for speeds in zip(*rounds, strict=True)]
 
 
