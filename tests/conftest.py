@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import start
+from make_layouts import LAYOUTS
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -97,3 +98,28 @@ def assert_same_tensors(a: dict, b: dict) -> None:
             assert_same_tensors(a[key], b[key])
         else:
             assert a[key] == b[key], key
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A class-folder tree in ImageNet's style of names: 5 classes, 60 and 23 images (PNG, so that they stay small)."""
+    root = tmp_path_factory.mktemp("source")
+    rng = np.random.RandomState(0)
+    classes = [f"n{number:08d}" for number in rng.choice(10**7, 5, replace=False)]
+    for split, count in (("train", 60), ("val", 23)):
+        for i in range(count):
+            label = classes[rng.randint(5) if i >= 5 else i]
+            name = f"{label}_{rng.randint(9999)}.JPEG" if split == "train" else f"ILSVRC2012_val_{i + 1:08d}.JPEG"
+            path = root / split / label / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(rng.randint(0, 256, (5, 6, 3), np.uint8)).resize((50 + i, 40))
+            picture.save(path, format="JPEG" if i % 3 else "PNG")
+    return root
+
+
+@pytest.fixture(scope="session")
+def layouts(source, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("layouts")
+    for name, make in LAYOUTS.items():
+        make(source, root / name)
+    return {name: root / name for name in LAYOUTS}
