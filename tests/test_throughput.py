@@ -1,13 +1,30 @@
-"""``--throughput`` on the real command line."""
+"""``--throughput``."""
 
 import json
 
+import pytest
+from conftest import Result
+
+from engine import throughput
 from engine.model import giga_macs
 from engine.throughput import print_table
+from main import main
+
+FLAGS = ("--cfg", "configs/micro.yaml", "--tag", "run", "--throughput", "--batch-size", "2")
 
 
-def test_throughput_needs_no_data(run_main):
-    result = run_main("--cfg", "configs/micro.yaml", "--tag", "run", "--throughput", "--batch-size", "2")
+def test_throughput_needs_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "SECONDS_PER_REPEAT", 0.02)
+    assert main([*FLAGS, "--output", str(tmp_path)]) == 0
+    check(Result(0, capsys.readouterr().out, "", tmp_path / "crossformer_micro" / "run"))
+
+
+@pytest.mark.slow
+def test_throughput_on_the_command_line(run_main):
+    check(run_main(*FLAGS, fresh=True))
+
+
+def check(result: Result) -> None:
     values = json.loads((result.results / "throughput.json").read_text())
     assert values["model"] == "crossformer_micro"
     assert values["batch_size"] == 2
