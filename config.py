@@ -14,6 +14,7 @@ from utils.settings import CfgNode, Given, Resume, Section, flatten, setting
 from utils.surroundings import expanded
 
 FREE, RAISED, OMITTED, KEPT = Resume.FREE, Resume.RAISED, Resume.OMITTED, Resume.KEPT
+CLASSES, PIXELS = "classification", "segmentation"
 
 
 def _side_of_a_square(size: Any) -> Any:
@@ -32,7 +33,7 @@ class Data(Section):
     DATA_PATH: str = setting("", "Folder of the data set, in any layout (docs/data.md)", path=True, on_resume=FREE)
     FORMAT: str = setting(
         "auto", "Layout of the data set: imagenet is the official archives, others are timm's, as hfds/NAME",
-        choices=("auto", "folder", "tar", "zip", "imagenet"), or_with="/", on_resume=FREE)
+        choices=("auto", "folder", "tar", "zip", "imagenet"), or_with="/", on_resume=FREE, task=CLASSES)
     CACHE_DIR: str = setting(
         "", "Where the index of a data set that cannot be written to is kept; the user's cache folder when empty",
         path=True, on_resume=FREE)
@@ -44,7 +45,8 @@ class Data(Section):
         224, "Height and width of the images that the model sees: one number for squares, or [height, width]",
         at_least=1, length=2, reads=_side_of_a_square,
         wanted="a whole number, or a height and a width, for example 224 or [192, 640]")
-    INTERPOLATION: str = setting("bicubic", "How images are resized", choices=("bicubic", "bilinear", "nearest"))
+    INTERPOLATION: str = setting(
+        "bicubic", "How images are resized", choices=("bicubic", "bilinear", "nearest"), task=CLASSES)
     NUM_WORKERS: int = setting(
         8, "Loader processes of each training process; 0 loads in the training process itself",
         at_least=0, on_resume=FREE)
@@ -52,7 +54,8 @@ class Data(Section):
         "error", "An image that cannot be decoded: error stops the run, skip takes another one and logs the path",
         choices=("error", "skip"), on_resume=FREE)
     UPRIGHT: bool = setting(
-        False, "Turn and mirror images as their EXIF orientation asks for; False leaves them as they are, as published")
+        False, "Turn and mirror images as their EXIF orientation asks for; False leaves them as they are, as published",
+        task=CLASSES)
     MAX_PIXELS: int = setting(
         178_956_970, "An image with more pixels than this counts as bad, lest one file take all of the memory",
         at_least=1, on_resume=FREE)
@@ -62,6 +65,11 @@ class Data(Section):
     MEAN: list[float] = setting([0.485, 0.456, 0.406], "Mean of red, green and blue, to normalise with", length=3)
     STD: list[float] = setting(
         [0.229, 0.224, 0.225], "Standard deviation of red, green and blue, to normalise with", length=3, above=0)
+    IGNORE_LABEL: int = setting(
+        255, "Number in label maps that is void: no class, neither trained on nor counted", at_least=0, at_most=255,
+        task=PIXELS)
+    ZERO_IS_VOID: bool = setting(
+        False, "The number 0 in label maps is void too, and 1 the first class, as in ADE20K", task=PIXELS)
 
 
 class Crossformer(Section):
@@ -80,6 +88,9 @@ class Model(Section):
     """The network, and the weights that it starts from."""
 
     NAME: str = setting("crossformer_small", "Any model that timm knows; CrossFormer's are listed in the README")
+    HEAD: str = setting(
+        "upernet", "What segmentation puts on the model", choices=("upernet", "semantic_fpn"), task=PIXELS)
+    AUX_WEIGHT: float = setting(0.4, "Weight of the loss of UPerNet's auxiliary head", at_least=0, task=PIXELS)
     NUM_CLASSES: int = setting(0, "Number of classes; 0 takes that of the data", at_least=0, on_resume=FREE)
     RESUME: str = setting("", "Checkpoint to carry on from, or to evaluate", path=True, on_resume=OMITTED)
     PRETRAINED: str = setting(
@@ -89,12 +100,14 @@ class Model(Section):
         "auto", "Which weights of PRETRAINED: auto is the moving average where there is one, with --eval both",
         choices=("auto", "model", "ema"), on_resume=FREE)
     DROP_RATE: float = setting(
-        -1.0, "Dropout before the head; -1 takes the model's own, which is 0 for a CrossFormer",
+        -1.0, "Dropout before the last layer; -1 takes the model's own, which is 0 for a CrossFormer, or 0.1 of "
+        "segmentation's heads",
         at_least=0, at_most=0.999, stands_for=0.0)
     DROP_PATH_RATE: float = setting(
         -1.0, "Stochastic depth of the last block; it grows linearly from 0 at the first. -1 takes what was published "
         "with a CrossFormer, and for other models 0.2 where they have it", at_least=0, at_most=0.999, stands_for=0.2)
-    LABEL_SMOOTHING: float = setting(0.1, "Share of the target spread over all classes", at_least=0, at_most=0.999)
+    LABEL_SMOOTHING: float = setting(
+        0.1, "Share of the target spread over all classes", at_least=0, at_most=0.999, task=CLASSES)
     KWARGS: CfgNode = setting(
         CfgNode(), "Other arguments of the model as timm.create_model takes them, for example {img_size: 256}")
     CROSSFORMER: Crossformer
@@ -114,7 +127,10 @@ class Optimizer(Section):
 class LrScheduler(Section):
     """The learning rate after the warm-up."""
 
-    NAME: str = setting("cosine", "Curve from BASE_LR down to MIN_LR", choices=("cosine", "linear", "step"))
+    NAME: str = setting(
+        "cosine", "Curve from BASE_LR down to MIN_LR; poly is what is left of the run to the power of POWER, which the "
+        "warm-up multiplies", choices=("cosine", "linear", "step", "poly"))
+    POWER: float = setting(1.0, "Power of poly", above=0)
     DECAY_EPOCHS: int = setting(30, "step multiplies by DECAY_RATE every so many epochs after the warm-up", at_least=1)
     DECAY_RATE: float = setting(0.1, "What step multiplies by", at_least=0, at_most=1)
 
@@ -123,14 +139,21 @@ class Train(Section):
     """How the weights are trained, and when they are saved."""
 
     EPOCHS: int = setting(300, "Passes over the training images", at_least=1, on_resume=RAISED)
+    STEPS: int = setting(
+        0, "Length of the run in steps; 0 for EPOCHS", at_least=0, on_resume=RAISED)
     WARMUP_EPOCHS: int = setting(20, "Epochs of linear warm-up from WARMUP_LR to BASE_LR", at_least=0)
+    WARMUP_STEPS: int = setting(0, "Length of the warm-up in steps; 0 for WARMUP_EPOCHS", at_least=0)
     BASE_LR: float = setting(5e-4, "Learning rate after the warm-up, for LR_REFERENCE_BATCH images a step", at_least=0)
     WARMUP_LR: float = setting(5e-7, "Learning rate at the start of the warm-up, scaled likewise", at_least=0)
     MIN_LR: float = setting(5e-6, "Learning rate at the end, scaled likewise", at_least=0)
     LR_REFERENCE_BATCH: int = setting(
         512, "Learning rates are for so many images a step and scale with the global batch; 0 takes them as they are",
         at_least=0)
-    WEIGHT_DECAY: float = setting(0.05, "Weight decay; not applied to biases and other 1-d parameters", at_least=0)
+    WEIGHT_DECAY: float = setting(0.05, "Weight decay, of all parameters but those of NO_WEIGHT_DECAY", at_least=0)
+    NO_WEIGHT_DECAY: str = setting(
+        "1d", "Parameters without weight decay: biases and others of one axis, those with norm in their name, or none",
+        choices=("1d", "norm", "none"))
+    SYNC_BN: bool = setting(False, "Let BatchNorm normalise over the batches of all processes")
     LAYER_DECAY: float = setting(
         1.0, "Each layer's learning rate is that of the layer above it times this (for fine-tuning, as 0.8)",
         at_least=0.01, at_most=1, on_resume=KEPT)
@@ -173,6 +196,9 @@ class Train(Section):
         at_least=1, on_resume=FREE)
     EVAL_EVERY_EPOCHS: int = setting(
         1, "Evaluate after every so many epochs, and after the last", at_least=1, on_resume=FREE)
+    EVAL_EVERY_STEPS: int = setting(
+        0, "Evaluate after every so many steps, and after the last, and not by epochs; 0 for EVAL_EVERY_EPOCHS",
+        at_least=0, on_resume=FREE)
     OPTIMIZER: Optimizer
     LR_SCHEDULER: LrScheduler
 
@@ -182,40 +208,64 @@ class Aug(Section):
 
     DEVICE: str = setting(
         "auto", "Where AUTO_AUGMENT or COLOR_JITTER run: cpu is the loader processes, auto the GPU where there is one",
-        choices=("auto", "cpu", "cuda"))
-    SCALE: list[float] = setting([0.08, 1.0], "Area of the random crop, as a share of the image", length=2)
-    RATIO: list[float] = setting([0.75, 1.3333333333333333], "Aspect ratio of the random crop", length=2)
+        choices=("auto", "cpu", "cuda"), task=CLASSES)
+    SCALE: list[float] = setting(
+        [0.08, 1.0], "Area of the random crop, as a share of the image", length=2, task=CLASSES)
+    RATIO: list[float] = setting([0.75, 1.3333333333333333], "Aspect ratio of the random crop", length=2, task=CLASSES)
     HFLIP: float = setting(0.5, "Probability of a horizontal flip", at_least=0, at_most=1)
     COLOR_JITTER: float = setting(
-        0.4, "Strength of colour jitter; AUTO_AUGMENT takes its place unless that is none", at_least=0, at_most=1)
-    AUTO_AUGMENT: str = setting("rand-m9-mstd0.5-inc1", "Random augmentation in timm's notation, or none")
-    REPROB: float = setting(0.25, "Probability of random erasing", at_least=0, at_most=1)
-    REMODE: str = setting("pixel", "What is put in place of what is erased", choices=("pixel", "rand", "const"))
-    RECOUNT: int = setting(1, "Number of patches that are erased", at_least=1)
-    MIXUP: float = setting(0.8, "Alpha of mixup; 0 turns it off", at_least=0)
-    CUTMIX: float = setting(1.0, "Alpha of cutmix; 0 turns it off", at_least=0)
+        0.4, "Strength of colour jitter; AUTO_AUGMENT takes its place unless that is none", at_least=0, at_most=1,
+        task=CLASSES)
+    AUTO_AUGMENT: str = setting("rand-m9-mstd0.5-inc1", "Random augmentation in timm's notation, or none", task=CLASSES)
+    REPROB: float = setting(0.25, "Probability of random erasing", at_least=0, at_most=1, task=CLASSES)
+    REMODE: str = setting(
+        "pixel", "What is put in place of what is erased", choices=("pixel", "rand", "const"), task=CLASSES)
+    RECOUNT: int = setting(1, "Number of patches that are erased", at_least=1, task=CLASSES)
+    MIXUP: float = setting(0.8, "Alpha of mixup; 0 turns it off", at_least=0, task=CLASSES)
+    CUTMIX: float = setting(1.0, "Alpha of cutmix; 0 turns it off", at_least=0, task=CLASSES)
     CUTMIX_MINMAX: list[float] = setting(
-        [], "Smallest and largest share of a cutmix patch, in place of CUTMIX; [] for none", length=2)
-    MIXUP_PROB: float = setting(1.0, "Probability that a batch is mixed at all", at_least=0, at_most=1)
-    MIXUP_SWITCH_PROB: float = setting(0.5, "Probability that it is cutmix when both are on", at_least=0, at_most=1)
-    MIXUP_MODE: str = setting("batch", "What one draw of mixup and cutmix is for", choices=("batch", "pair", "elem"))
+        [], "Smallest and largest share of a cutmix patch, in place of CUTMIX; [] for none", length=2, task=CLASSES)
+    MIXUP_PROB: float = setting(1.0, "Probability that a batch is mixed at all", at_least=0, at_most=1, task=CLASSES)
+    MIXUP_SWITCH_PROB: float = setting(
+        0.5, "Probability that it is cutmix when both are on", at_least=0, at_most=1, task=CLASSES)
+    MIXUP_MODE: str = setting(
+        "batch", "What one draw of mixup and cutmix is for", choices=("batch", "pair", "elem"), task=CLASSES)
+    RESIZE: list[int] = setting(
+        [2048, 512], "Longest and shortest side that an image is brought within before the crop",
+        length=2, at_least=1, task=PIXELS)
+    RESIZE_RATIO: list[float] = setting([0.5, 2.0], "What RESIZE is multiplied by, from and to", length=2, task=PIXELS)
+    MOST_OF_ONE_CLASS: float = setting(
+        0.75, "A crop of which one class has a larger share is drawn again; 1 takes any",
+        above=0, at_most=1, task=PIXELS)
+    DISTORT: float = setting(
+        0.5, "Probability of each change of brightness, contrast, saturation and hue",
+        at_least=0, at_most=1, task=PIXELS)
 
 
 class Test(Section):
     """How the model is evaluated."""
 
-    CROP: bool = setting(True, "Crop the centre; False resizes to IMG_SIZE x IMG_SIZE")
+    CROP: bool = setting(True, "Crop the centre; False resizes to IMG_SIZE x IMG_SIZE", task=CLASSES)
     CROP_PCT: float = setting(
         0.875, "Share of the resized short side that the crop takes: 0.875 resizes to 256 for 224",
-        at_least=0.01, at_most=1)
+        at_least=0.01, at_most=1, task=CLASSES)
     VIEWS: str = setting(
         "none", "Average over views of each image: five_crop is corners and centre of the square that CROP_PCT leaves",
         choices=("none", "flip", "five_crop"))
+    RESIZE: list[int] = setting(
+        [2048, 512], "Longest and shortest side that an image is brought within", length=2, at_least=1, task=PIXELS)
+    MULTIPLE: int = setting(32, "Sides are then resized up to a multiple of this", at_least=1, task=PIXELS)
+    SCALES: list[float] = setting(
+        [1.0], "Scales of RESIZE to average over, for example [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]", above=0, task=PIXELS)
+    WINDOW: int = setting(
+        0, "Compute square windows with this side and average where they overlap; 0 the image at once",
+        at_least=0, task=PIXELS)
+    STRIDE: int = setting(0, "Steps from one window to the next; 0 is two thirds of WINDOW", at_least=0, task=PIXELS)
     REPORT: bool = setting(
         False, "--eval writes tables and a picture: each class, the confusion matrix, the calibration", on_resume=FREE)
     REAL_LABELS: bool = setting(
         False, "--eval of ImageNet's own validation images with all labels that fit each besides (ImageNet-ReaL)",
-        on_resume=FREE)
+        on_resume=FREE, task=CLASSES)
 
 
 class Log(Section):
@@ -231,7 +281,7 @@ class Config(Section):
         notes: what :func:`build_config` has left out and why, a line each.
     """
 
-    TASK: str = setting("classification", "What is learned", choices=("classification",), on_resume=KEPT)
+    TASK: str = setting(CLASSES, "What is learned", choices=(CLASSES, PIXELS), on_resume=KEPT)
     BASE: list[str] = setting([], "YAML files to read first (paths relative to this file)", on_resume=FREE)
     DATA: Data
     MODEL: Model
@@ -243,7 +293,9 @@ class Config(Section):
         "auto", "Precision of the model; auto is bf16 on a GPU that has it, else fp16, and none on a CPU",
         choices=("auto", "bf16", "fp16", "tf32", "none"))
     SEED: int = setting(0, "What every random choice is derived from", at_least=0)
-    OUTPUT: str = setting("output", "Results go to OUTPUT/MODEL.NAME/TAG", path=True, on_resume=FREE)
+    OUTPUT: str = setting(
+        "output", "Results go to OUTPUT/MODEL.NAME/TAG, of segmentation to OUTPUT/HEAD_NAME/TAG", path=True,
+        on_resume=FREE)
     TAG: str = setting("default", "Name of the run", on_resume=FREE)
     PRINT_FREQ: int = setting(10, "Steps between two lines of the log", at_least=1, on_resume=FREE)
 
@@ -284,6 +336,7 @@ def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[G
         origin[key] = source
     config.BASE = []  # what the files say is in the config now
     settings.check_values(config, origin)
+    _check_task(config, partial(settings.refuse, config, origin), origin)
     _check_together(config, partial(settings.refuse, config, origin))
     _leave_to_the_model(config, origin)
     config.freeze()
@@ -316,6 +369,28 @@ def _check_together(config: Config, refuse: Callable[[str, str], NoReturn]) -> N
             refuse(key, "must name a folder below OUTPUT")
     if not Path(config.OUTPUT).parts:
         refuse("OUTPUT", "must name a folder")
+
+
+def _check_task(config: Config, refuse: Callable[[str, str], NoReturn], origin: dict[str, str]) -> None:
+    """Refuse what nothing would read, and what does not go with the task."""
+    for key in origin:
+        one = SETTINGS[key]
+        if one.task not in ("", config.TASK) and settings.get(config, key) != one.default:
+            refuse(key, f"is read by {one.task} only, and TASK is {config.TASK}; leave it out")
+    if config.TASK != PIXELS:
+        return
+    low, high = config.AUG.RESIZE_RATIO
+    if not 0 < low <= high:
+        refuse("AUG.RESIZE_RATIO", "must be a smallest value above 0 and a largest")
+    for key, (longest, shortest) in {"AUG.RESIZE": config.AUG.RESIZE, "TEST.RESIZE": config.TEST.RESIZE}.items():
+        if longest < shortest:
+            refuse(key, "must be the longest side and then the shortest, for example [2048, 512]")
+    if config.TEST.STRIDE > config.TEST.WINDOW:
+        refuse("TEST.STRIDE", f"leaves gaps between windows of {config.TEST.WINDOW}; set TEST.WINDOW at least as large")
+    if config.TEST.VIEWS == "five_crop":
+        refuse("TEST.VIEWS", "is for classification; choose none or flip")
+    if config.TRAIN.LAYER_DECAY != 1 and config.TRAIN.NO_WEIGHT_DECAY != "1d":
+        refuse("TRAIN.NO_WEIGHT_DECAY", "goes with TRAIN.LAYER_DECAY 1 only; set 1d")
 
 
 def _leave_to_the_model(config: Config, origin: dict[str, str]) -> None:
@@ -363,4 +438,10 @@ def may_change(key: str, before: Any, now: Any) -> bool:
 
 def output_dir(config: Config) -> Path:
     """Where the results of a run go."""
-    return Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    return Path(config.OUTPUT) / network_of(config) / config.TAG
+
+
+def network_of(config: Config) -> str:
+    """What a run's network is called: the model's name, with its head's before it."""
+    is_classifier = config.TASK == CLASSES
+    return config.MODEL.NAME if is_classifier else f"{config.MODEL.HEAD}_{config.MODEL.NAME}"

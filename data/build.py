@@ -14,6 +14,7 @@ from data.dataset import ImageDataset, Sample
 from data.index import ImageIndex, Index, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
+from data.pairs import EXPECTED_PAIRS, PairIndex, find_pair_layout
 from data.sampling import EvalBatches, TrainBatches
 from data.timm_index import TimmIndex
 from utils.distributed import rank, world_size
@@ -49,9 +50,12 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
+    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int] | None, stage: DeviceStage
 ) -> EvalLoader:
-    """Build the loader of this rank's share of the validation images; arguments as of :func:`build_train_loader`."""
+    """Build the loader of this rank's share of the validation images; arguments as of :func:`build_train_loader`.
+
+    Without a ``size`` the images of a batch are of any sizes, and its images and targets are lists.
+    """
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
     dataset = ImageDataset(index, sample, config.SEED, replace_bad=False)
     batches = EvalBatches(len(index), config.DATA.BATCH_SIZE, rank(), world_size())
@@ -67,11 +71,7 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
     Raises:
         UserError: something is missing, damaged or empty.
     """
-    if not config.DATA.DATA_PATH:
-        raise UserError("DATA.DATA_PATH is not set: give --data-path DIR with train/CLASS/*.jpg (see docs/data.md)")
-    root = Path(config.DATA.DATA_PATH)
-    if not os.path.isdir(root):
-        raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with train/ and val/ (see docs/data.md)")
+    root = _root(config, "train/CLASS/*.jpg (see docs/data.md)")
     if "/" in config.DATA.FORMAT:
         return _open_with_timm(config, root, training)
     layouts = {"train": None, "val": find_layout(root, "val", config.DATA.FORMAT)}
@@ -86,6 +86,15 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
     return train, open_index(layouts["val"], cache_dir).with_classes(classes), classes
 
 
+def _root(config, expected: str) -> Path:
+    if not config.DATA.DATA_PATH:
+        raise UserError(f"DATA.DATA_PATH is not set: give --data-path DIR with {expected}")
+    root = Path(config.DATA.DATA_PATH)
+    if not os.path.isdir(root):
+        raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with {expected}")
+    return root
+
+
 def _open_with_timm(config, root: Path, training: bool) -> tuple[TimmIndex | None, TimmIndex, list[str]]:
     train = TimmIndex(config.DATA.FORMAT, root, "train") if training else None
     val = TimmIndex(config.DATA.FORMAT, root, "validation")
@@ -95,6 +104,28 @@ def _open_with_timm(config, root: Path, training: bool) -> tuple[TimmIndex | Non
     if not classes:
         raise UserError(f"DATA.FORMAT {config.DATA.FORMAT} does not tell its classes: set MODEL.NUM_CLASSES")
     return train, val, classes
+
+
+def open_pairs(config, training: bool) -> tuple[PairIndex | None, PairIndex, list[str]]:
+    """Open the images with label maps in DATA.DATA_PATH.
+
+    Returns:
+        the index of the training images (None unless ``training``), that of the validation images, and the classes.
+
+    Raises:
+        UserError: something is missing, damaged or empty.
+    """
+    root = _root(config, "images/train, images/val, masks/train, masks/val and classes.txt (see docs/segmentation.md)")
+    indexes: dict[str, PairIndex | None] = {"train": None}
+    for split in ("train", "val") if training else ("val",):
+        layout = find_pair_layout(root, split)
+        if layout is None:
+            raise UserError(
+                f"DATA.DATA_PATH {root} has no images with label maps for {split}; expected "
+                f"{EXPECTED_PAIRS.format(split=split)} in it (see docs/segmentation.md)"
+            )
+        indexes[split] = open_index(layout, config.DATA.CACHE_DIR)
+    return indexes["train"], indexes["val"], indexes["val"].classes
 
 
 def check_num_classes(config, classes: list[str]) -> None:

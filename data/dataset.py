@@ -80,14 +80,14 @@ class HostBatch:
     """What the workers make of the samples of a batch; a batch on the device is a :class:`data.loading.Batch`.
 
     Attributes:
-        images: ``(B, 3, H, W)`` uint8, channels last, or where they lie in a ring.
-        targets: ``(B, ...)``; a numpy array on the way from a worker.
+        images: ``(B, 3, H, W)`` uint8, channels last, or where they lie in a ring; or images of any sizes.
+        targets: ``(B, ...)``, or targets of any sizes. Numpy arrays on the way from a worker.
         plans, numbers, orientations: of each image.
         bad, failure: as in an item, of the whole batch.
     """
 
-    images: Tensor | Slot
-    targets: Tensor | np.ndarray
+    images: Tensor | Slot | list[Tensor] | list[np.ndarray]
+    targets: Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
     plans: list[Plan]
     numbers: list[int]
     orientations: list[int]
@@ -96,6 +96,9 @@ class HostBatch:
 
     def pin_memory(self) -> "HostBatch":
         """Copy images and targets into page-locked memory; torch's thread for that calls this."""
+        if isinstance(self.images, list):
+            images, targets = ([torch.as_tensor(x).pin_memory() for x in some] for some in (self.images, self.targets))
+            return replace(self, images=images, targets=targets)
         return replace(self, images=self.images.pin_memory(), targets=torch.as_tensor(self.targets).pin_memory())
 
 
@@ -166,15 +169,21 @@ class BatchDataset(Dataset):
     """Makes batches: ``batches[number, keys]`` is batch ``number``, of the items of ``dataset`` at ``keys``.
 
     With a ``ring`` its images are written into the block whose turn it is, and only the block's place is sent.
+    Images and targets of ``any_size`` stay apart.
     """
 
-    def __init__(self, dataset: ImageDataset, ring: Ring | None = None):
+    def __init__(self, dataset: ImageDataset, ring: Ring | None = None, any_size: bool = False):
         self.dataset = dataset
         self.ring = ring
+        self.any_size = any_size
 
     def __getitem__(self, key: tuple[int, list[tuple[int, int]]]) -> HostBatch:
         number, keys = key
         items = [self.dataset[image_key] for image_key in keys]
+        if self.any_size:
+            batch = collate_apart(items)
+            images, targets = ([x.numpy() for x in some] for some in (batch.images, batch.targets))
+            return replace(batch, images=images, targets=targets)
         if self.ring is None:
             return collate(items)
         slot = Slot(self.ring.number, number % len(self.ring), sum(item.sample is not None for item in items))
@@ -192,9 +201,16 @@ def collate(items: list[Item], out: Tensor | None = None) -> HostBatch:
     for place, sample in zip(out, samples, strict=True):
         place.copy_(sample.image)
     targets = [sample.target for sample in samples]
+    stacked = torch.stack(targets) if targets and isinstance(targets[0], Tensor) else torch.tensor(targets).long()
+    return replace(collate_apart(items), images=out, targets=stacked)
+
+
+def collate_apart(items: list[Item]) -> HostBatch:
+    """Make a batch of items whose images and targets are of any sizes; those without a sample are left out."""
+    samples = [item.sample for item in items if item.sample is not None]
     return HostBatch(
-        images=out,
-        targets=torch.stack(targets) if targets and isinstance(targets[0], Tensor) else torch.tensor(targets).long(),
+        images=[sample.image for sample in samples],
+        targets=[sample.target for sample in samples],
         plans=[sample.plan for sample in samples],
         numbers=[item.number for item in items if item.sample is not None],
         orientations=[sample.orientation for sample in samples],

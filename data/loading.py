@@ -33,13 +33,13 @@ class Batch(NamedTuple):
     """What a task gets of a loader.
 
     Attributes:
-        images: ``(B, 3, H, W)`` float, channels last, on the device.
-        targets: ``(B, ...)`` on the device: the samples' targets.
+        images: ``(B, 3, H, W)`` float, channels last, on the device; or a list of ``(3, H, W)`` of any sizes.
+        targets: ``(B, ...)`` on the device: the samples' targets; or a list of them.
         numbers: ``(B,)`` int64 on the host: the places of the images in the index.
     """
 
-    images: Tensor
-    targets: Tensor
+    images: Tensor | list[Tensor]
+    targets: Tensor | list[Tensor]
     numbers: Tensor
 
 
@@ -99,7 +99,7 @@ class _Loader:
         dataset: what the workers make samples of.
         batches: which images make up which batch.
         num_workers: loader processes; 0 does all in this one.
-        size: height and width of every image.
+        size: height and width of every image; None for images of any sizes.
         stage: makes float images on its ``device`` of uint8 images and their plans.
         on_bad_image: is given a line for each image that cannot be decoded.
 
@@ -113,7 +113,7 @@ class _Loader:
         dataset: ImageDataset,
         batches: TrainBatches | EvalBatches,
         num_workers: int,
-        size: tuple[int, int],
+        size: tuple[int, int] | None,
         stage: DeviceStage,
         on_bad_image: Callable[[str], None] = stop_on_bad_image,
     ):
@@ -137,11 +137,11 @@ class _Loader:
         """Start the workers and yield what they send. Images are valid until the next batch but one is asked for."""
         forks = self.num_workers > 0 and sys.platform == "linux"
         ring = None
-        if forks:
+        if forks and self.size:
             blocks = PREFETCH_FACTOR * self.num_workers + BATCHES_IN_USE
             ring = Ring(blocks, (self.batches.batch_size, *self.size, 3))
         loader = DataLoader(
-            BatchDataset(self.dataset, ring),
+            BatchDataset(self.dataset, ring, any_size=self.size is None),
             batch_size=None,  # the sampler's items are whole batches, with their numbers
             sampler=enumerate(self.batches),
             collate_fn=_as_it_is,
@@ -156,8 +156,12 @@ class _Loader:
         batches = iter(loader)
         _workers.update(set(multiprocessing.active_children()) - others)
         for batch in batches:
-            images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
-            yield replace(batch, images=images, targets=torch.as_tensor(batch.targets))
+            if isinstance(batch.images, list):
+                images, targets = ([torch.as_tensor(x) for x in some] for some in (batch.images, batch.targets))
+            else:
+                images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
+                targets = torch.as_tensor(batch.targets)
+            yield replace(batch, images=images, targets=targets)
 
     def _sound_batches(self) -> Iterator[HostBatch]:
         for batch in self._host_batches():
@@ -172,8 +176,13 @@ class _Loader:
                 yield batch
 
     def _to_device(self, batch: HostBatch) -> Batch:
-        targets = batch.targets.to(self.device, non_blocking=True)
-        return Batch(self.stage(batch.images, batch.plans), targets, torch.tensor(batch.numbers))
+        if isinstance(batch.images, list):
+            images = [self.stage(x[None], [plan])[0] for x, plan in zip(batch.images, batch.plans, strict=True)]
+            targets = [target.to(self.device, non_blocking=True) for target in batch.targets]
+        else:
+            images = self.stage(batch.images, batch.plans)
+            targets = batch.targets.to(self.device, non_blocking=True)
+        return Batch(images, targets, torch.tensor(batch.numbers))
 
 
 @cache
@@ -206,8 +215,9 @@ def _handed_over(batch: Batch, event: torch.cuda.Event) -> Batch:
     """Let the current stream wait for the batch, and the memory of the batch wait for the current stream."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
-    batch.images.record_stream(current)
-    batch.targets.record_stream(current)
+    for tensors in (batch.images, batch.targets):
+        for tensor in tensors if isinstance(tensors, list) else [tensors]:
+            tensor.record_stream(current)
     return batch
 
 

@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision, evaluat
     """
     was_training = model.training
     model.eval()
-    ask = in_whole_batches(model, loader.batches.batch_size) if is_compiled(model) else model
+    ask = for_any_batch(model, loader)
     samples = 0
     for batch in loader:
         with precision.autocast():
@@ -47,6 +47,13 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision, evaluat
     if count_over_ranks(samples) == 0:
         raise UserError(f"no validation image of {loader.dataset.index.root} can be decoded")
     return evaluator.result()
+
+
+def for_any_batch(model: nn.Module, loader: EvalLoader) -> Callable[[Tensor], Tensor]:
+    """What takes the loader's batches: a compiled model would be compiled anew for each size of batch or image."""
+    if not is_compiled(model):
+        return model
+    return in_whole_batches(model, loader.batches.batch_size) if loader.size else model.forward
 
 
 def in_whole_batches(model: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:

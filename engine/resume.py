@@ -7,7 +7,7 @@ from config import output_dir
 from data.loading import TrainLoader
 from engine.checkpoints import Checkpoints
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
-from lr_scheduler import Schedule
+from lr_scheduler import Schedule, total_steps
 from tasks import Task
 from utils import checkpoint
 from utils.distributed import agreement, from_main, is_main
@@ -84,13 +84,13 @@ def resume(
         lines.append(f"the global batch was {before}, is now {now}: step {content['step']:,} is now {state.step:,}")
         if images_of_a_process(content["config"]) != images_of_a_process(config.dump()):  # not just more processes
             changed.append(lines[-1])
-    total_steps = config.TRAIN.EPOCHS * loader.steps_per_epoch
-    if changed and state.step >= total_steps and state.evaluated_step >= state.step:
+    steps = total_steps(config, loader.steps_per_epoch)
+    if changed and state.step >= steps and state.evaluated_step >= state.step:
         raise UserError(
             f"{path} is of a run that is done: nothing is left to train with other settings ({'; '.join(changed)}); "
-            "start anew with another --tag, or give it more TRAIN.EPOCHS"
+            "start anew with another --tag, or give it more TRAIN.EPOCHS (or TRAIN.STEPS)"
         )
-    if changed and state.step < total_steps:
+    if changed and state.step < steps:
         rates = [group["lr"] / group.get("lr_scale", 1.0) for group in content["optimizer"]["param_groups"]]
         lines.append(f"the learning rate goes on from {max(rates):.2e} to {schedule(state.step):.2e}")
     return lines

@@ -13,7 +13,7 @@ from engine.skipping import SkippedSteps, bad_batch
 from engine.state import TrainState
 from engine.step import StepResult
 from engine.stopping import PATIENCE_SECONDS, StopRequest
-from lr_scheduler import Schedule
+from lr_scheduler import Schedule, total_steps
 from tasks import Loaders, Task
 from utils.distributed import AgreedError, count_over_ranks, is_main, largest_over_ranks
 from utils.errors import UserError
@@ -50,7 +50,7 @@ class Run:
         self.state, self.schedule, self.precision = state, schedule, precision
         self.checkpoints, self.log, self.stop, self.watchdog = checkpoints, log, stop, watchdog
         self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = config.TRAIN.EPOCHS * self.steps_per_epoch
+        self.total_steps = total_steps(config, self.steps_per_epoch)
         self.meters, self.spikes, self.stopwatch = DeviceMeters(), SpikeDetector(), Stopwatch()
         self.skipped = SkippedSteps(precision.device)
 
@@ -59,19 +59,24 @@ class Run:
     def _ends_epoch(self) -> bool:
         return self.state.step % self.steps_per_epoch == 0
 
+    def is_done(self) -> bool:
+        return self.state.step == self.total_steps
+
     def log_is_due(self) -> bool:
-        return self._ends_epoch() or self.state.step % self.config.PRINT_FREQ == 0
+        return self._ends_epoch() or self.is_done() or self.state.step % self.config.PRINT_FREQ == 0
 
     def save_is_due(self) -> bool:
         """Whether to save, by steps or by rank 0's clock. A collective when a line of the log is due."""
         every = self.config.TRAIN.SAVE_EVERY_STEPS
-        if self._ends_epoch() or (every and self.state.step % every == 0):
+        if self._ends_epoch() or self.evaluation_is_due() or (every and self.state.step % every == 0):
             return True
         return self.log_is_due() and bool(largest_over_ranks(int(is_main() and self.checkpoints.due())))
 
     def evaluation_is_due(self) -> bool:
-        epoch, every = self.state.step // self.steps_per_epoch, self.config.TRAIN.EVAL_EVERY_EPOCHS
-        return self._ends_epoch() and (epoch % every == 0 or self.state.step == self.total_steps)
+        train, epoch = self.config.TRAIN, self.state.step // self.steps_per_epoch
+        if train.EVAL_EVERY_STEPS:
+            return self.is_done() or self.state.step % train.EVAL_EVERY_STEPS == 0
+        return self.is_done() or (self._ends_epoch() and epoch % train.EVAL_EVERY_EPOCHS == 0)
 
     # ---- the loop
 

@@ -25,7 +25,7 @@ from engine.run import Run
 from engine.state import TrainState
 from engine.step import TrainStep
 from engine.stopping import Stopped, StopRequest
-from lr_scheduler import build_scheduler
+from lr_scheduler import build_scheduler, total_steps
 from models import left_out
 from optimizer import build_optimizer
 from tasks import Task, build_task
@@ -45,7 +45,7 @@ def train(
     stop: StopRequest | None = None,
     choose_task: Callable[..., Task] = build_task,
 ) -> None:
-    """Train for TRAIN.EPOCHS, from the start or from where an earlier run of the same name stopped.
+    """Train for TRAIN.EPOCHS or TRAIN.STEPS, from the start or from where an earlier run of the same name stopped.
 
     Args:
         choose_task: makes the task of the config and the device.
@@ -72,7 +72,7 @@ def train_in_folder(
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
         check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
     check_same_data(loaders.train.dataset.index)
-    wrapped = parallel.wrap(model, device)
+    wrapped = parallel.wrap(model, device, config.TRAIN.SYNC_BN)
     with agreement():
         state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
         schedule = build_scheduler(config, loaders.train.steps_per_epoch, loaders.train.global_batch)
@@ -85,9 +85,10 @@ def train_in_folder(
         )
     started_from = start_or_resume(config, task, state, checkpoints, loaders.train, schedule)
     with agreement():
-        total_steps = config.TRAIN.EPOCHS * loaders.train.steps_per_epoch
+        steps_per_epoch = loaders.train.steps_per_epoch
         done = (state.step, state.evaluated_step, state.carried.get("owed"))
-        log = RunLog(output_dir(config), config, "train", total_steps, loaders.train.steps_per_epoch, *done, lock)
+        steps = total_steps(config, steps_per_epoch)
+        log = RunLog(output_dir(config), config, "train", steps, steps_per_epoch, *done, lock)
     with log, checkpoints:
         log.message(
             f"{describe_model(config, model, gmac, precision)}  global batch {loaders.train.global_batch:,}  "

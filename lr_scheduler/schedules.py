@@ -26,3 +26,13 @@ def with_warmup(schedule: Schedule, warmup_lr: float, base_lr: float, warmup_ste
     return lambda step: (
         warmup_lr + (base_lr - warmup_lr) * step / warmup_steps if step < warmup_steps else schedule(step)
     )
+
+
+def poly(base_lr: float, min_lr: float, total_steps: int, power: float) -> Schedule:
+    """From ``base_lr`` at step 0 to ``min_lr`` at ``total_steps`` as the share of steps that are left, to a power."""
+    return lambda step: min_lr + (base_lr - min_lr) * max(1 - step / total_steps, 0) ** power
+
+
+def with_factor(schedule: Schedule, ratio: float, warmup_steps: int) -> Schedule:
+    """``schedule`` times a factor that grows linearly from ``ratio`` to 1 in ``warmup_steps``."""
+    return lambda step: schedule(step) * (1 if step >= warmup_steps else 1 - (1 - step / warmup_steps) * (1 - ratio))

@@ -1,7 +1,17 @@
 """The networks; reference.py is the one to read first. Importing this package registers every variant with timm."""
 
 from models import crossformer
-from models.build import build_model, left_out
-from models.weights import load_weights
+from models.build import build_model, build_segmenter, left_out
+from models.heads import Segmenter, create_segmenter
+from models.weights import load_segmenter, load_weights
 
-__all__ = ["build_model", "crossformer", "left_out", "load_weights"]
+__all__ = [
+    "Segmenter",
+    "build_model",
+    "build_segmenter",
+    "create_segmenter",
+    "crossformer",
+    "left_out",
+    "load_segmenter",
+    "load_weights",
+]

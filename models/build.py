@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from models.crossformer import VARIANTS, CrossFormer
+from models.heads import Segmenter, create_segmenter
 from utils.errors import UserError, did_you_mean
 
 ARCHITECTURE = {
@@ -22,6 +23,9 @@ ARCHITECTURE = {
 
 DROP_PATH_RATE = 0.2
 """Of models for which none was asked for and none was published."""
+
+HEAD_DROP_RATE = 0.1
+"""Of segmentation's heads, as published."""
 
 RATES = {"drop_rate": "DROP_RATE", "drop_path_rate": "DROP_PATH_RATE"}
 """Arguments of models, and the settings under MODEL that they are."""
@@ -65,6 +69,22 @@ def build_model(config, num_classes: int) -> nn.Module:
     if config.TRAIN.USE_CHECKPOINT != "none":
         recompute(model, name, config.TRAIN.USE_CHECKPOINT)
     return model
+
+
+def build_segmenter(config, num_classes: int) -> Segmenter:
+    """The network that ``config.MODEL`` describes for segmentation: a head on any model of timm's that gives maps.
+
+    Raises:
+        UserError: it cannot be built as described.
+    """
+    try:
+        drop_rate = config.MODEL.DROP_RATE
+        backbone = build_model(config, num_classes=0)
+        return create_segmenter(
+            config.MODEL.HEAD, backbone, num_classes, drop_rate if drop_rate >= 0 else HEAD_DROP_RATE
+        )
+    except ValueError as error:
+        raise UserError(f"MODEL.NAME {config.MODEL.NAME} takes no head for segmentation: {error}") from error
 
 
 def left_out(config) -> list[str]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.build import build_model
 from models.crossformer import VARIANTS
 from models.crossformer.network import WRAPPERS
+from models.heads import Segmenter
 from utils.compat import timm_converter
 from utils.errors import UserError
 
@@ -50,7 +51,14 @@ class Fitted(NamedTuple):
     notes: list[str]
 
 
-def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *, allow_new_head: bool) -> Loaded:
+def load_weights(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    source: str,
+    *,
+    allow_new_head: bool,
+    unused: Container[str] = frozenset(),
+) -> Loaded:
     """Copy ``state_dict`` (published, ours or from timm) into ``model``; every weight must match, and be a number.
 
     Args:
@@ -58,11 +66,15 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *
         state_dict: its keys may carry prefixes such as ``module.`` and ``_orig_mod.``, see :func:`fit`.
         source: where it came from, for errors.
         allow_new_head: when the number of classes differs, leave the head as it is instead of raising.
+        unused: what the file may have besides and the model has not.
 
     Raises:
         UserError: a weight is missing, left over, of another shape or kind, or not finite.
     """
     weights, notes = fit(state_dict, model, source)
+    if beside := [key for key in weights if key in unused]:
+        notes += _left_out("which the model has no use for", beside)
+        weights = {key: value for key, value in weights.items() if key not in unused}
     own = model.state_dict()
     heads = _heads(model.pretrained_cfg["classifier"])
     head = tuple(f"{name}." for name in heads)
@@ -90,6 +102,25 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str, *
             )
     model.load_state_dict(weights, strict=not new_head)
     return Loaded(len(weights) - len(counters), new_head, classes_in_file, notes)
+
+
+def load_segmenter(model: Segmenter, state_dict: dict[str, Tensor], source: str) -> list[str]:
+    """Copy a segmenter's weights into ``model``, or those of a classifier into its backbone; every one must match.
+
+    Returns:
+        a line that says which of both, and the notes of :func:`load_weights`.
+
+    Raises:
+        UserError: as :func:`load_weights`.
+    """
+    if not any("decode_head." in key for key in state_dict):
+        loaded = load_weights(model.backbone, state_dict, source, allow_new_head=True, unused=model.removed)
+        return [f"{loaded.matched} weights of the backbone matched, the head is new", *loaded.notes]
+    loaded = load_weights(model, state_dict, source, allow_new_head=True)
+    last = (
+        f"the last layer is new ({loaded.classes_in_file} classes in the file)" if loaded.new_head else "the head too"
+    )
+    return [f"{loaded.matched} weights matched, {last}", *loaded.notes]
 
 
 def fit(state_dict: dict[str, Tensor], model: nn.Module, source: str) -> Fitted:

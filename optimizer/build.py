@@ -15,8 +15,13 @@ APEX_HINT = (
 )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Groups with weight decay, and without (biases, other 1-d parameters, ``model.no_weight_decay()``).
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, without: str = "1d"
+) -> list[dict]:
+    """Groups with weight decay, and without.
+
+    Without are, as ``without`` says: ``1d`` biases, other 1-d parameters and ``model.no_weight_decay()``; ``norm``
+    those that have it in their name; ``none`` none.
 
     With a ``layer_decay`` below 1 there are two such groups for each layer (as ``model.group_matcher()`` counts them),
     whose ``lr_scale`` is ``layer_decay`` to the number of layers above it.
@@ -27,7 +32,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     decayed, undecayed = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_exempt = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            is_exempt = {
+                "1d": parameter.ndim <= 1 or name.endswith(".bias") or name in exempt,
+                "norm": "norm" in name,
+                "none": False,
+            }[without]
             (undecayed if is_exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
@@ -38,7 +47,8 @@ def build_optimizer(config, model: nn.Module) -> Optimizer:
     The learning rate is set at each step by the training loop, times the ``lr_scale`` of a group that has one.
     """
     settings = config.TRAIN.OPTIMIZER
-    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
+    train = config.TRAIN
+    groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY, train.NO_WEIGHT_DECAY)
     adam = dict(lr=config.TRAIN.BASE_LR, betas=tuple(settings.BETAS), eps=settings.EPS)
     match settings.NAME:
         case "adamw":
@@ -49,6 +59,8 @@ def build_optimizer(config, model: nn.Module) -> Optimizer:
             return _apex().FusedAdam(groups, adam_w_mode=True, **adam)
         case "fused_lamb":
             return _apex().FusedLAMB(groups, max_grad_norm=math.inf, **adam)  # TRAIN.CLIP_GRAD has clipped already
+        case unknown:
+            raise UserError(f"TRAIN.OPTIMIZER.NAME {unknown} is not one of adamw, sgd, fused_adam, fused_lamb")
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:

@@ -88,4 +88,8 @@ def build_task(config, device: torch.device) -> Task:
             from tasks.classification import Classification
 
             return Classification(config, device)
-    raise UserError(f"TASK {config.TASK} is not one of classification")
+        case "segmentation":
+            from tasks.segmentation import Segmentation
+
+            return Segmentation(config, device)
+    raise UserError(f"TASK {config.TASK} is not one of classification, segmentation")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import start
 from make_layouts import LAYOUTS
+from make_pairs import write_pairs
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -123,3 +124,9 @@ def layouts(source, tmp_path_factory) -> dict[str, Path]:
     for name, make in LAYOUTS.items():
         make(source, root / name)
     return {name: root / name for name in LAYOUTS}
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """13 training and 7 validation images of mixed sizes with label maps of 3 classes."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"))

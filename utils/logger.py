@@ -56,7 +56,7 @@ class RunLog:
     ):
         self.folder = folder
         self.total_steps = total_steps
-        self.epochs = total_steps // steps_per_epoch
+        self.epochs = -(-total_steps // steps_per_epoch)
         self.first_step = first_step
         self.unwritten = Unwritten(self.message if is_main() else print)
         self._start = time.perf_counter()

@@ -9,15 +9,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from utils.distributed import world_size
+from utils.sync_batch_norm import synchronise_batch_norm
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap(model: nn.Module, device: torch.device, sync_batch_norm: bool = False) -> nn.Module:
     """Let several processes train ``model`` as one; in a single process it stays as it is.
 
     To be called before the optimizer is built, which takes the wrapped model's parameters.
+
+    Args:
+        sync_batch_norm: whether BatchNorm normalises over the batches of all processes.
     """
     if world_size() == 1:
         return model
+    if sync_batch_norm:
+        synchronise_batch_norm(model, device)
     return DistributedDataParallel(
         model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )

@@ -76,6 +76,7 @@ class Setting:
         length: how many numbers a list has, unless it is empty as the default.
         wanted: how errors call a list that is right, where the rest says too little.
         path: whether it names a file or a folder, so that ``~`` in it is the home folder.
+        task: the only one that reads it; empty for all.
         on_resume: what may become of it when a run is carried on.
         stands_for: what the default counts as when runs are compared, where the default leaves the value open.
         reads: turns another way to write a value into the usual one.
@@ -93,6 +94,7 @@ class Setting:
     length: int = 0
     wanted: str = ""
     path: bool = False
+    task: str = ""
     on_resume: Resume = Resume.FORCED
     stands_for: Any = None
     reads: Callable[[Any], Any] | None = None
@@ -434,7 +436,8 @@ def listing(root: type[Section], word: str = "") -> str:
         if word.lower() in " ".join((key, one.meaning, *one.choices)).lower():
             default = '""' if one.default == "" else dict(one.default) if one.is_dict else one.default
             other = f", or a name with {one.or_with} in it" if one.or_with else ""
-            facts = "; ".join(filter(None, (one.limits() + other, one.on_resume.value)))
+            task = f"of {one.task} only" if one.task else ""
+            facts = "; ".join(filter(None, (one.limits() + other, task, one.on_resume.value)))
             texts.append(f"{key} = {default}\n{paragraph.fill(one.meaning)}\n{paragraph.fill(facts)}\n")
     if not texts:
         names = {name for key in root.settings() for name in (key, key.rpartition(".")[2])}

@@ -1,0 +1,39 @@
+"""BatchNorm over the batches of all processes, where torch has none: on CPUs."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class HostSyncBatchNorm(nn.BatchNorm2d):
+    """``nn.SyncBatchNorm`` for tensors on the host: mean and variance are those of all processes' batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise maps ``(B, C, H, W)``. A collective in training mode."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        axes, numbers = (0, 2, 3), x.numel() / x.shape[1]
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        sums = torch.cat([wide.sum(axes), wide.new_tensor([numbers])])
+        sums = all_reduce(sums)
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        centred = wide - mean[:, None, None]
+        variance = all_reduce(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+        scaled = centred * (variance + self.eps).rsqrt()[:, None, None]
+        return (scaled * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Let every BatchNorm in a model normalise over the batches of all processes; its weights and keys stay."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = HostSyncBatchNorm
