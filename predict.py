@@ -1,4 +1,4 @@
-"""Predict the classes of images.
+"""Predict the classes of images, or of their pixels.
 
 Exit status 0: all are predicted; 1: some could not be decoded and were skipped; 2: see the error.
 """
@@ -18,17 +18,20 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from config import PIXELS
 from data.augmentation import DeviceStage, Plan, build_eval_transform
 from data.decoding import build_decoding, decode, read_file, tensor_to_pil
 from data.files import check_is_file, describe_kinds
 from data.files import find_images as images_below
 from engine.model import check_image_size
 from engine.precision import choose_precision
+from engine.segment import segment
 from tasks.classification import build_views, mean_of_probabilities
 from tasks.trained import TrainedModel, load_trained
 from utils.command import Parser, run_command
@@ -66,8 +69,8 @@ def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
     return images, left_out
 
 
-def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Iterator[tuple[dict, torch.Tensor | None]]:
-    """What ``--format json`` says of each image, in order, and the pixels that the model saw."""
+def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Iterator[tuple[dict, Image.Image | None]]:
+    """What ``--format json`` says of each image, in order, and what the model saw of it."""
     config, classes, device = trained.config, trained.classes, torch.device(given.device)
     precision, transform, views = choose_precision(config, device), build_eval_transform(config), build_views(config)
     decoding, stage = build_decoding(config), DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
@@ -95,7 +98,10 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
                     yield {"file": file, "error": image}, None
                 else:
                     ranked = ((i, classes[i], float(f"{p:.6g}")) for i, p in zip(*next(answers), strict=True))
-                    yield {"file": file, "predictions": [dict(zip(KEYS, x, strict=True)) for x in ranked]}, image
+                    yield (
+                        {"file": file, "predictions": [dict(zip(KEYS, x, strict=True)) for x in ranked]},
+                        tensor_to_pil(image),
+                    )
 
 
 def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
@@ -106,12 +112,15 @@ def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
         print(json.dumps(records, indent=1, ensure_ascii=False), file=out)
     elif form == "csv":
         lines = csv.writer(out, lineterminator="\n")
-        lines.writerow(["file", "rank", *KEYS])
+        lines.writerow(["file", "rank", *(sound[0][1][0] if sound else KEYS)])
         for file, named in sound:
             lines.writerows([*map(harmless, (file, rank, *p.values()))] for rank, p in enumerate(named, start=1))
     else:
         for file, named in sound:
-            cells = [printable(x) for x in (file, *(f"{p['class']} {100 * p['probability']:.1f} %" for p in named))]
+            cells = [
+                printable(x)
+                for x in (file, *(f"{name} {100 * part:.1f} %" for _, name, part in map(dict.values, named)))
+            ]
             table.add_row(Text(cells[0], overflow="fold"), Text(cells[1], "green"), Text("   ".join(cells[2:]), "dim"))
             if not out.isatty():
                 print(*cells, sep="\t", file=out)
@@ -142,6 +151,12 @@ def parse(arguments: list[str]) -> Namespace:
     flag("--weights", choices=["auto", "model", "ema"], default="auto", help="auto: the moving average if there is one")
     flag("--device", choices=devices, default=devices[-1], help="of this machine's (%(default)s)")
     flag("--sheet", metavar="FILE.png", type=a_path, help="draw the images with their predictions")
+    flag(
+        "--overlay",
+        metavar="DIR",
+        type=a_path,
+        help="segmentation: paint the classes over the images, write label maps",
+    )
     given = parser.parse_args(arguments)
     if min(given.top, given.batch_size) < 1:
         raise UserError("--top and --batch-size must be at least 1")
@@ -159,15 +174,23 @@ def predict_images(arguments: list[str]) -> int:
     for line in trained.notes:
         screen.print(Text(printable(line)), soft_wrap=True)
     name = trained.config.MODEL.NAME
+    segments = trained.config.TASK == PIXELS
+    if given.overlay and not segments:
+        raise UserError(f"--overlay is for segmentation, and {given.checkpoint} tells the classes of whole images")
+    if given.image_size and segments:
+        raise UserError("--image-size is for classification; images are segmented at their own size")
     check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
-    answers = predict(trained, paths, given)
+    if segments:
+        answers = segment(trained, paths, device, given.top, given.overlay)
+    else:
+        answers = predict(trained, paths, given)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)
         if image is None:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
         elif given.sheet and len(drawn) < ON_SHEET:
-            named = [(p["class"], p["probability"]) for p in record["predictions"]]
-            drawn.append(Card(record["file"], tensor_to_pil(image), named))
+            named = [(name, part) for _, name, part in map(dict.values, record["predictions"])]
+            drawn.append(Card(record["file"], image, named))
     if left_out:
         screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
     sound = sum("predictions" in record for record in records)

@@ -1,6 +1,7 @@
 """Images with label maps: for each image a file of the same size whose pixels are the numbers of classes."""
 
 import io
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -185,7 +186,8 @@ def find_pair_layout(root: Path, split: str) -> PairLayout | None:
 
 
 EXPECTED_PAIRS = (
-    "images/{split} with masks/{split}, ADE20K's images/training with annotations/training, Cityscapes' "
+    "images/{split} with masks/{split} (or {split} with masks/{split}), ADE20K's images/training with "
+    "annotations/training, Cityscapes' "
     "leftImg8bit/{split} with gtFine/{split}, or Pascal VOC's JPEGImages with SegmentationClass"
 )
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
@@ -193,8 +195,8 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
 
 def _folders(root: Path, split: str) -> PairLayout | None:
     for folder in SPLITS[split]:
-        for masks in ("masks", "annotations", "labels"):
-            images, labels = root / "images" / folder, root / masks / folder
+        for images, masks in itertools.product((root / "images", root), ("masks", "annotations", "labels")):
+            images, labels = images / folder, root / masks / folder
             if images.is_dir() and labels.is_dir():
                 return PairLayout(
                     root,

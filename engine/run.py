@@ -235,4 +235,5 @@ class Run:
                     self.checkpoints.save_best(content)
         best = f"best {state.best:.2f}" + (f" -> {self.checkpoints.best}" if is_best else "")
         values = {"step": state.step, "epoch": epoch, "weights": weights, **result}
+        self.log.pictures({f"{weights}/{name}": data for name, data in evaluator.pictures().items()}, state.step)
         self.log.evaluation(values, f"{evaluator.describe(result)}  {best}")

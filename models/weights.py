@@ -160,6 +160,12 @@ def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
     return None
 
 
+def segmenter_classes(state_dict: dict[str, Tensor]) -> int | None:
+    """How many classes the weights of a segmenter tell apart; None when they are of none."""
+    weights = _unwrapped(state_dict, "decode_head.conv_seg.weight")
+    return _rows(weights.get("decode_head.conv_seg.weight"))
+
+
 def variant_of(state_dict: dict[str, Tensor]) -> str:
     """The name of the variant whose weights these are; an empty string when they are of none."""
     weights = _unwrapped(state_dict, EMBEDDING)

@@ -30,6 +30,9 @@ class Evaluator(Protocol):
     def describe(self, result: dict[str, float]) -> str:
         """Put the metrics into words for a line of the log."""
 
+    def pictures(self) -> dict[str, bytes]:
+        """Draw a few of this rank's answers for TensorBoard, PNG files by their names; none where there are none."""
+
     def write(self, folder: Path) -> str:
         """Write tables and pictures of the result, and say where. A collective. Called for TEST.REPORT only."""
 

@@ -214,6 +214,9 @@ class Accuracy:
         )
         return f"{text}  {describe_real(result)}" if self.real else text
 
+    def pictures(self) -> dict[str, bytes]:
+        return {}
+
     def write(self, folder: Path) -> str:
         return self.tables.write(folder)
 

@@ -1,6 +1,6 @@
 """Semantic segmentation: a class for each pixel. The mean IoU decides which weights are the best."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from models.heads.layers import resize
 from tasks import Loaders
 from tasks.class_names import named_classes
 from tasks.miou import confusion_matrix, scores, zeros
+from tasks.pixel_report import Album, write_report
 from tasks.whole_image import WholeImage, build_whole_image
 from utils import checkpoint
 from utils.distributed import sum_over_ranks
@@ -72,6 +73,7 @@ class Segmentation:
     def __init__(self, config, device: torch.device):
         self.config, self.device = config, device
         self.classes: list[str] = []
+        self._names: Callable[[int], str] = str
 
     def model(self) -> nn.Module:
         return build_segmenter(self.config, self._num_classes())
@@ -107,7 +109,7 @@ class Segmentation:
         return self._eval_loader(val, label_table(config, val, len(self.classes))), []
 
     def _eval_loader(self, index: PairIndex, table: np.ndarray) -> EvalLoader:
-        sample = DecodePair(table, build_decoding(self.config))
+        sample, self._names = DecodePair(table, build_decoding(self.config)), index.name
         return build_eval_loader(self.config, index, sample, None, self._stage())
 
     def _stage(self) -> DeviceStage:
@@ -135,7 +137,9 @@ class Segmentation:
     # ---- evaluation
 
     def evaluator(self, report: bool = False) -> "MeanIoU":
-        return MeanIoU(self.classes, self.device, build_whole_image(self.config))
+        data = self.config.DATA
+        album = Album(data.MEAN, data.STD, len(self.classes), report)
+        return MeanIoU(self.classes, self.device, build_whole_image(self.config), album, self._names)
 
     # ---- checkpoints
 
@@ -173,16 +177,27 @@ class MeanIoU:
         classes: their names.
         device: where the answers are.
         whole: how the model sees an image.
+        album: of pictures.
+        name: of an image by its number.
     """
 
-    def __init__(self, classes: Sequence[str], device: torch.device, whole: WholeImage):
-        self.classes, self.whole = classes, whole
+    def __init__(
+        self,
+        classes: list[str],
+        device: torch.device,
+        whole: WholeImage,
+        album: Album,
+        name: Callable[[int], str] = str,
+    ):
+        self.classes, self.whole, self.album, self.name = classes, whole, album, name
         self.confusion, self.images = zeros(len(classes), device), 0
 
     def add(self, model: nn.Module, batch: Batch) -> None:
-        for image, labels in zip(batch.images, batch.targets, strict=True):
+        for number, image, labels in zip(batch.numbers.tolist(), batch.images, batch.targets, strict=True):
             answers = self.whole(model, image, tuple(labels.shape)).argmax(dim=0)
-            self.confusion += confusion_matrix(answers, labels, len(self.classes))
+            confusion = confusion_matrix(answers, labels, len(self.classes))
+            self.confusion += confusion
+            self.album.add(number, image, labels, answers, confusion)
         self.images += len(batch.images)
 
     def result(self) -> dict[str, float]:
@@ -201,8 +216,12 @@ class MeanIoU:
             f"pixel accuracy {result['pixel_accuracy']:.2f}  {result['images']:,} images"
         )
 
+    def pictures(self) -> dict[str, bytes]:
+        return {"images": self.album.sheet()} if self.album.first else {}
+
     def write(self, folder: Path) -> str:
-        raise NotImplementedError
+        low, confusion = self.album.lowest_of_all(), sum_over_ranks(self.confusion.clone()).cpu().numpy()
+        return write_report(folder, confusion, self.classes, {seen.number: self.name(seen.number) for seen in low}, low)
 
 
 # ---- label maps

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import build_config, default_config, flatten, settings_in
-from models import build_model, load_weights
+from config import CROSSFORMERS, PIXELS, build_config, default_config, flatten, settings_in
+from models import build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
-from models.weights import check_size, classes_in, variant_of
+from models.weights import check_size, classes_in, segmenter_classes, variant_of
 from tasks.class_names import in_words, named_classes
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
@@ -21,6 +21,11 @@ SAID_BESIDES = {"upright": "DATA.UPRIGHT", "white": "DATA.WHITE", "views": "TEST
 """What an export says of its preparation that timm has no words for, and the setting."""
 LARGEST = {"DATA.IMG_SIZE": 2**13, "MODEL.CROSSFORMER.GROUP_SIZE": 2**10, "MODEL.CROSSFORMER.INTERVAL": 2**10}
 """Settings with which a model would take all of the memory however small its weights are, and how large they may be."""
+GROUPS_AS_PUBLISHED = [
+    ("MODEL.CROSSFORMER.GROUP_SIZE", [7, 7, 7, 7], "the published recipe"),
+    ("MODEL.CROSSFORMER.INTERVAL", [8, 4, 2, 1], "the published recipe"),
+]
+"""For a segmenter's weights that come without settings."""
 PREPARATION = (
     "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.CROP_PCT",
     *SAID_BESIDES.values(),
@@ -65,13 +70,15 @@ def load_trained(
     which, state_dict = checkpoint.choose(checkpoint.weights_in(content, path), weights, path)
     known = facts_of(content, path)
     config = _config_of(content, state_dict, path, name, image_size)
-    num_classes = classes_in(state_dict, config.MODEL.NAME)
+    segments = config.TASK == PIXELS
+    num_classes = segmenter_classes(state_dict) if segments else classes_in(state_dict, config.MODEL.NAME)
     if num_classes is None:
         raise UserError(f"{path} has no head of {config.MODEL.NAME}, so it cannot tell classes apart")
-    check_size(config, num_classes, state_dict, path)
-    model = build_model(config, num_classes)
+    if not segments:
+        check_size(config, num_classes, state_dict, path)
+    model = (build_segmenter if segments else build_model)(config, num_classes)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
-    facts = {key: known[key] for key in ("step", "epoch", "top1", "top5", "loss", "images") if key in known}
+    facts = {key: known[key] for key in ("step", "epoch", "top1", "top5", "miou", "loss", "images") if key in known}
     facts["weights"] = which
     model.to(device, memory_format=torch.channels_last).eval()
     classes = in_words(named_classes(content, num_classes, path), num_classes)
@@ -100,7 +107,12 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         if not timm.is_model(found):
             raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
-        settings += preparation_of({"pretrained_cfg": timm.get_pretrained_cfg(found).to_dict()}, path)
+        if segmenter_classes(weights) is None:
+            settings += preparation_of({"pretrained_cfg": timm.get_pretrained_cfg(found).to_dict()}, path)
+        else:
+            head = "semantic_fpn" if any("neck." in key for key in weights) else "upernet"
+            settings += [("TASK", PIXELS, path), ("MODEL.HEAD", head, path)]
+            settings += GROUPS_AS_PUBLISHED if found in CROSSFORMERS else []
     holds = dict(setting[:2] for setting in settings).get("MODEL.NAME", default_config().MODEL.NAME)
     if name not in ("", holds):
         raise UserError(f"--model {name}: {path} says that it holds {holds}; leave out --model")

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from data import Batch, Sample, build_eval_loader, build_train_loader
+from data import Sample, build_eval_loader, build_train_loader
 from data.augmentation import DeviceStage, build_eval_transform
 from data.build import open_images
 from data.decoding import build_decoding, decode
@@ -59,9 +59,6 @@ class MeanColour:
     def start_from(self, model, content, path):
         return load_weights(model, checkpoint.state_dict_of(content, path), path, allow_new_head=True).notes
 
-    def synthetic_batch(self, count):
-        return Batch(torch.randn(count, 3, *self.resize.size), torch.rand(count, 3), torch.arange(count))
-
     def add(self, model, batch):
         error = (model(batch.images).float() - batch.targets).abs().mean(1).double().sum()
         self.sums += torch.stack([error, torch.full_like(error, len(batch.images))])
@@ -69,6 +66,9 @@ class MeanColour:
     def result(self):
         error, images = distributed.sum_over_ranks(self.sums.clone()).tolist()
         return {"minus_error": -error / images, "images": int(images)}
+
+    def pictures(self):
+        return {}
 
     def describe(self, result):
         return f"error {-result['minus_error']:.4f}"

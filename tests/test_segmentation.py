@@ -1,5 +1,7 @@
 """Segmentation by the command line: trained, evaluated alike on any number of processes, carried on bit-identically."""
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,10 @@ from commands import start
 from conftest import Result
 from make_pairs import CLASSES
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tasks.miou import confusion_matrix, scores
+from tasks.overlay import LEGEND_WIDTH
 
 RUN = (
     "--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--tag", "run", "--batch-size", "4", "--opts",
@@ -158,3 +164,53 @@ def test_wrong_settings_are_named(pairs, tmp_path, words, message):
     result = run(tmp_path, *RUN, *words, "--data-path", pairs, ok=False)
     assert result.status == 2
     assert message in result.error
+
+
+def test_report(trained, pairs, tmp_path):
+    """Of all ranks: the classes, the confusion matrix, and the images with the lowest IoU, the lowest first."""
+    path = trained.results / "checkpoints/last.pth"
+    result = run(tmp_path, *RUN, "--data-path", pairs, "--eval", "--resume", path, "--report", nproc=2)
+    folder = result.results / "report_model"
+    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    assert [row["class"] for row in rows] == CLASSES
+    labels = [np.array(Image.open(path)) for path in sorted((pairs / "masks/val").iterdir())]
+    assert [int(row["pixels"]) for row in rows] == [sum(int((x == i).sum()) for x in labels) for i in range(3)]
+    miou = sum(float(row["iou"]) for row in rows if row["iou"]) / sum(row["iou"] != "" for row in rows)
+    assert 100 * miou == pytest.approx(result.events("eval")[0]["miou"])
+    matrix = [[int(x) for x in row[1:]] for row in list(csv.reader((folder / "confusion_matrix.csv").open()))[1:]]
+    assert [sum(row) for row in matrix] == [int(row["pixels"]) for row in rows]
+    assert Image.open(folder / "lowest.png").height > 7 * 200
+    assert (folder / "report.png").stat().st_size > 10_000
+
+
+def test_pictures_in_tensorboard(trained):
+    events = EventAccumulator(str(trained.results / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("model/images")] == [3, 6]
+
+
+def test_prediction(trained, pairs, tmp_path):
+    """Label maps as in evaluation, the shares of the classes, and pictures to look at."""
+    checkpoint, folder = trained.results / "checkpoints/last.pth", tmp_path / "out"
+    words = ("--checkpoint", checkpoint, pairs / "images/val", "--format", "json", "--weights", "model")
+    done = start("predict.py", *words, "--overlay", folder, "--sheet", tmp_path / "sheet.png")
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    total = torch.zeros(3, 3, dtype=torch.long)
+    for record in records:
+        name = Path(record["file"]).name
+        answer, truth = (np.array(Image.open(root / name)) for root in (folder / "labels", pairs / "masks/val"))
+        total += confusion_matrix(torch.tensor(answer), torch.tensor(truth), 3)
+        for told in record["predictions"]:
+            assert told["share"] == pytest.approx((answer == told["class_index"]).mean(), abs=1e-5)
+        assert Image.open(folder / "overlays" / name).width == answer.shape[1] + LEGEND_WIDTH
+    assert 100 * scores(total.numpy()).miou == pytest.approx(trained.events("eval")[-1]["miou"])
+    assert Image.open(tmp_path / "sheet.png").width > 224
+
+
+def test_what_prediction_refuses(trained, pairs, tmp_path):
+    words = ("--checkpoint", trained.results / "checkpoints/last.pth", pairs / "images/val", "--image-size", "64")
+    done = start("predict.py", *words)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --image-size is for classification; images are segmented at their own size\n",
+    )

@@ -79,17 +79,19 @@ def draw_cards(cards: list[Card], title: str) -> bytes:
     return to_png(sheet)
 
 
-def draw_rows(rows: dict[str, list[Image.Image]], names: list[str], heading: str) -> bytes:
-    """Draw rows of at most PER_ROW images, each below its title; above them a heading and the names of the columns."""
-    step = CELL + GAP
-    sheet = Image.new("RGB", (PER_ROW * step + GAP, 2 * LINE + len(rows) * (LINE + step)), "white")
+def draw_rows(
+    rows: dict[str, list[Image.Image]], names: list[str], heading: str, columns: int = PER_ROW, cell: int = CELL
+) -> bytes:
+    """Draw rows of so many images, each below its title; above them a heading and the names of the columns."""
+    step = cell + GAP
+    sheet = Image.new("RGB", (columns * step + GAP, 2 * LINE + len(rows) * (LINE + step)), "white")
     draw, room = ImageDraw.Draw(sheet), sheet.width - 2 * GAP
     write(draw, GAP, LINE / 2, heading, room, 14, "black")
     for column, name in enumerate(names):
-        write(draw, GAP + column * step, 3 * LINE / 2, name, CELL, 12, "grey")
+        write(draw, GAP + column * step, 3 * LINE / 2, name, cell, 12, "grey")
     for row, (title, images) in enumerate(rows.items()):
         top = 2 * LINE + row * (LINE + step)
         write(draw, GAP, top + LINE / 2, title, room, 14, "black")
         for column, image in enumerate(images):
-            paste(sheet, image, GAP + column * step, top + LINE, CELL)
+            paste(sheet, image, GAP + column * step, top + LINE, cell)
     return to_png(sheet)

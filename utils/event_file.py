@@ -34,6 +34,12 @@ class EventFile(Appender):
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         self.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
 
+    def pictures(self, pictures: Mapping[str, bytes], step: int) -> None:
+        """Add pictures, each a PNG file."""
+        images = {name: Summary.Image(encoded_image_string=data) for name, data in pictures.items()}
+        summary = Summary(value=[Summary.Value(tag=name, image=image) for name, image in images.items()])
+        self.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+
 
 def _record(event: Event) -> bytes:
     file = io.BytesIO()

@@ -167,6 +167,11 @@ class RunLog:
         ema = "  EMA" if values["weights"] == "ema" else ""
         self._say(f"eval {epoch}{ema}  {text}")
 
+    def pictures(self, pictures: Mapping[str, bytes], step: int) -> None:
+        """Show PNG files in TensorBoard."""
+        if "tensorboard" in self._growing and pictures:
+            self._growing["tensorboard"].pictures(pictures, step)
+
     def close(self) -> None:
         """Finish the bar, and what is not written yet."""
         if self._bar:
