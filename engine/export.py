@@ -17,11 +17,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import SETTINGS, settings_in
-from models import build_model
+from models import build_model, build_segmenter
 from models.build import ARCHITECTURE
+from models.heads import AtImageSize, Segmenter
 from tasks.trained import SAID_BESIDES, TrainedModel
 from utils import checkpoint
 from utils.errors import UserError
@@ -47,9 +48,21 @@ class Source(NamedTuple):
     images: Tensor
     dynamic_shapes: tuple | None
 
+    @property
+    def segments(self) -> bool:
+        """Whether it tells the class of each pixel."""
+        return isinstance(self.trained.model, Segmenter)
+
+    def graph(self) -> nn.Module:
+        """What is to be computed: a segmenter's logits have the size of the image."""
+        return AtImageSize(self.trained.model) if self.segments else self.trained.model
+
     def preparation(self) -> dict[str, Any]:
         """How an image becomes the model's input, in timm's words."""
         data, test = self.trained.config.DATA, self.trained.config.TEST
+        if self.segments:
+            size = dict(input_size=list(self.images.shape[1:]), interpolation="bilinear", crop_mode="none")
+            return size | dict(mean=data.MEAN, std=data.STD)
         crop = dict(crop_pct=test.CROP_PCT, crop_mode="center") if test.CROP else dict(crop_pct=1.0, crop_mode="squash")
         size = dict(input_size=list(self.images.shape[1:]), interpolation=data.INTERPOLATION)
         return size | crop | dict(mean=data.MEAN, std=data.STD)
@@ -63,12 +76,13 @@ class Source(NamedTuple):
         model, classes = self.trained.config.MODEL, self.trained.classes
         arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
         described = dict(architecture=model.NAME, model_args=arguments, classes=classes)
+        described |= {"head": model.HEAD} if self.segments else {}
         described |= self.preparation() | self.besides()
         return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
 
 
 def torch_export(source: Source, path: Path) -> Callable:
-    program = torch.export.export(source.trained.model, (source.images,), dynamic_shapes=source.dynamic_shapes)
+    program = torch.export.export(source.graph(), (source.images,), dynamic_shapes=source.dynamic_shapes)
     torch.export.save(program, path, extra_files=source.metadata())
     return torch.export.load(path).module()
 
@@ -77,7 +91,7 @@ def onnx(source: Source, path: Path) -> Callable:
     import onnxruntime
 
     how = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"])
-    program = torch.onnx.export(source.trained.model, (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
+    program = torch.onnx.export(source.graph(), (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
     program.model.metadata_props.update(source.metadata())
     program.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
@@ -88,12 +102,15 @@ def onnx(source: Source, path: Path) -> Callable:
 
 def safetensors(source: Source, path: Path) -> Callable:
     save_file(source.trained.model.state_dict(), path, source.metadata())
-    model = build_model(source.trained.config, len(source.trained.classes))
+    build = build_segmenter if source.segments else build_model
+    model = build(source.trained.config, len(source.trained.classes))
     model.load_state_dict(load_file(path))
-    return model.eval()
+    return AtImageSize(model.eval()) if source.segments else model.eval()
 
 
 def hf(source: Source, path: Path) -> Callable:
+    if source.segments:
+        raise UserError("--format hf is for classifiers, timm has no segmenters; use onnx, torch_export or safetensors")
     said = {"label_names": source.trained.classes, **source.besides()}
     save_for_hf(source.trained.model, str(path), said, safe_serialization=True, data_config=source.preparation())
     (path / "README.md").write_text(model_card(source), encoding="utf-8")
@@ -175,7 +192,14 @@ def in_silence() -> Iterator[None]:
 
 def left_to_the_caller(source: Source) -> list[str]:
     """What evaluation does besides, and whoever uses the export has to do; its metadata says it too."""
-    besides, lines = source.besides(), []
+    besides, lines, test = source.besides(), [], source.trained.config.TEST
+    if source.segments:
+        lines.append(
+            f"it takes one size: evaluation brings images within {test.RESIZE[0]} x {test.RESIZE[1]} pixels, sides "
+            f"up to multiples of {test.MULTIPLE} (bilinear), and resizes the logits to the image"
+        )
+        if test.WINDOW or test.SCALES != [1.0]:
+            lines.append("TEST.WINDOW and TEST.SCALES are not in it: compute views and average their probabilities")
     if besides["views"] != "none":
         lines.append(f"TEST.VIEWS {besides['views']} is not in it: {VIEWS_BY_HAND[besides['views']]}")
     if besides["upright"]:
@@ -187,13 +211,15 @@ def left_to_the_caller(source: Source) -> list[str]:
 
 def make(name: str, source: Source, path: Path) -> None:
     """Write the format ``name``, compare and time it; what is found is printed."""
-    model, (height, width) = source.trained.model, source.images.shape[2:]
+    model, (height, width) = source.graph(), source.images.shape[2:]
     any_batch = source.dynamic_shapes is not None
     batches = [torch.randn(n, 3, height, width) for n in ((1, 2, 3) if any_batch else (1, 1))]
     try:
         with in_silence():
             exported = FORMATS[name](source, path)
             difference = torch.cat([model(images) - exported(images) for images in batches]).abs().max().item()
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(
             f"--format {name}: its packages do not fit torch {torch.__version__} ({error}); "

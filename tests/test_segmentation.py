@@ -214,3 +214,34 @@ def test_what_prediction_refuses(trained, pairs, tmp_path):
         2,
         "error: --image-size is for classification; images are segmented at their own size\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "more"),
+    [
+        ("onnx", ["--dynamic-batch"]),
+        ("safetensors", []),
+        pytest.param("torch_export", ["--dynamic-batch"], marks=pytest.mark.slow),
+    ],
+)
+def test_export(trained, tmp_path, form, more):
+    """Written, loaded again and compared: logits at the size of the image."""
+    checkpoint = trained.results / "checkpoints/last.pth"
+    words = ("--checkpoint", checkpoint, "--format", form, "--to", tmp_path / "out", "--image-size", "64", "96", *more)
+    done = start("scripts/export.py", *words, fresh=form == "torch_export")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "largest difference of a logit to the model's own: " in done.stdout
+    assert "it takes one size: evaluation brings images within 160 x 64 pixels" in done.stdout
+
+
+def test_export_for_timm_is_refused(trained, tmp_path):
+    words = ("--checkpoint", trained.results / "checkpoints/last.pth", "--format", "hf", "--to", tmp_path / "out")
+    done = start("scripts/export.py", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --format hf is for classifiers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_throughput(tmp_path):
+    result = run(tmp_path, *RUN, "--throughput")
+    assert "crossformer_micro" in result.stdout

@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .layers import resize, size_of
 from .semantic_fpn import FPN, SemanticFPNHead
 from .upernet import FCNHead, UPerNetHead
 
@@ -103,6 +104,18 @@ class Segmenter(nn.Module):
             return pattern
 
         return {name: below(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
+
+
+class AtImageSize(nn.Module):
+    """A segmenter whose logits have the size of the image, as an export gives them."""
+
+    def __init__(self, segmenter: Segmenter):
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn images ``(B, 3, H, W)`` into logits ``(B, classes, H, W)``."""
+        return resize(self.segmenter(images), size_of(images))
 
 
 def remove_what_follows(backbone: nn.Module, indices: list[int]) -> None:
