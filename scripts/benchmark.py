@@ -57,7 +57,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
     network, files, size, common = (argparse.ArgumentParser(add_help=False) for _ in range(4))
-    network.add_argument("--models", nargs="+", metavar="NAME", help="variants, plain_VARIANT, swin_tiny, ... of timm")
+    network.add_argument(
+        "--models", nargs="+", metavar="NAME", help="variants, plain_VARIANT, swin_tiny, ... of timm; upernet/swin_tiny"
+    )
     network.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="256 at most on a GPU, else 4")
     network.add_argument("--image-size", type=int, default=224, metavar="N", help="height and width")
     network.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, else fp32")

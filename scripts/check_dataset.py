@@ -14,16 +14,19 @@ from tempfile import TemporaryFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import build_config
+from config import PIXELS, build_config
 from data.decoding import build_decoding
 from data.files import describe_left_out
 from data.inspection import inspect, make_report, open_splits
 from data.inspection_report import print_report
 from data.preview import Preview
+from tasks.pixel_check import ImagesAlone, count_pixels, describe_pixels, open_pair_splits, pixel_table
+from tasks.pixel_check import preview as draw_pairs
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.files import write_whole, writing
 from utils.surroundings import a_path
+from utils.tables import show
 
 REMEDY = "choose another --output"
 
@@ -48,19 +51,28 @@ def check(arguments: list[str]) -> int:
     given = parse(arguments)
     flags = [("DATA.DATA_PATH", given.data_path, "--data-path")] if given.data_path is not None else []
     config = build_config(given.cfg, given.opts, flags)
-    indexes, classes = open_splits(config)
-    preview, decoding = Preview(config, len(classes)), build_decoding(config)
+    segments = config.TASK == PIXELS
+    indexes, classes = (open_pair_splits if segments else open_splits)(config)
+    preview, decoding = None if segments else Preview(config, len(classes)), build_decoding(config)
     file, sheet = given.output / "report.json", given.output / "augmentations.png"
     with writing(given.output, REMEDY):
         given.output.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=given.output).close()  # after an hour of checking it would be late to find out
-    splits = {name: inspect(index, decoding, given.workers, name) for name, index in indexes.items()}
-    report = make_report(config, splits, classes)
-    first = next(iter(splits.values()))
+    images = {name: ImagesAlone(index) if segments else index for name, index in indexes.items()}
+    splits = {name: inspect(index, decoding, given.workers, name) for name, index in images.items()}
+    report = make_report(config, splits, ["image"] if segments else classes)
+    if segments:
+        for name, index in indexes.items():
+            counts = count_pixels(config, index, classes, given.workers, name)
+            report["splits"][name] |= describe_pixels(counts, classes)
+    first, index = next(iter(splits.values())), next(iter(indexes.values()))
     with writing(given.output, REMEDY):
         write_whole(file, json.dumps(report, indent=1).encode())
-        if drawn := preview.draw(first.index, first.decoded(), classes):
+        drawn = draw_pairs(config, index, classes) if segments else preview.draw(index, first.decoded(), classes)
+        if drawn:
             write_whole(sheet, drawn)
+    if segments:
+        show(pixel_table(report, classes))
     print_report(report, describe_left_out(indexes), file, sheet if drawn else None)
     return 0 if report["sound"] else 1
 

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from config import build_config
+from config import CLASSES, PIXELS, build_config
 from data.loading import Batch
 from engine.ema import Ema
 from engine.memory import within_memory
@@ -22,10 +22,12 @@ from engine.precision import Precision, choose_precision
 from engine.step import StepResult, TrainStep
 from models.build import recompute, takes
 from models.crossformer import VARIANTS
+from models.heads import HEADS, create_segmenter
 from models.reference import plain
 from optimizer import build_optimizer
 from scripts.benchmarks.common import this_device
-from tasks.classification import Classification
+from tasks import Task, build_task
+from tasks.segmentation import CLASSES_WITHOUT_DATA
 from utils.compat import compile_many_models, is_compiled
 from utils.counting import saved_bytes
 from utils.errors import UserError, did_you_mean
@@ -56,23 +58,23 @@ PLAIN_STEP = "plain step"
 PARTS = ("forward", "backward", "clip + optimizer", "EMA + meters")
 """Of a training step."""
 
-CLASSES = 1000
+CLASSES_TOLD = 1000
 STOCHASTIC_DEPTH_OF_PEERS = 0.2
 EMA_DECAY = 0.9999
 SECONDS_PER_MEASUREMENT = 0.3
 
 
-class Marked(Classification):
-    """The trainer's task, which also calls ``mark`` where the forward pass ends."""
+def marked(task: Task, mark: Callable[[], None]) -> Task:
+    """Let the trainer's task call ``mark`` where the forward pass ends."""
+    loss = task.loss
 
-    def __init__(self, config, device: torch.device, mark: Callable[[], None]):
-        super().__init__(config, device)
-        self.mark = mark
-
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        found = super().loss(model, batch)
-        self.mark()
+    def loss_and_mark(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found = loss(model, batch)
+        mark()
         return found
+
+    task.loss = loss_and_mark
+    return task
 
 
 class Contender:
@@ -84,12 +86,14 @@ class Contender:
     """
 
     def __init__(self, network: str, arguments: Namespace):
-        config, device = build_config("", ["DATA.IMG_SIZE", str(arguments.image_size)]), this_device()
+        task = PIXELS if head_of(network) else CLASSES
+        config = build_config("", ["DATA.IMG_SIZE", str(arguments.image_size), "TASK", task])
+        device = this_device()
         torch.manual_seed(0)
         self.network = network
         self.model = create(network, arguments.image_size).to(device, memory_format=torch.channels_last)
         self.precision = precision_of(arguments.precision, device)
-        self.task = Marked(config, device, self.mark)
+        self.task = marked(build_task(config, device), self.mark)
         self.optimizer, self.average, self.meters = self.build_optimizer(config), self.build_average(), DeviceMeters()
         scaler, max_norm = self.precision.scaler(), config.TRAIN.CLIP_GRAD
         self.step = TrainStep(self.task, self.model, self.optimizer, scaler, self.precision, max_norm=max_norm)
@@ -226,30 +230,44 @@ def milliseconds(began, ended) -> float:
     return 1e3 * (ended - began) if isinstance(began, float) else began.elapsed_time(ended)
 
 
+def head_of(network: str) -> str:
+    """The head in ``HEAD/BACKBONE``; empty for a classifier."""
+    head, _, backbone = network.partition("/")
+    return head if backbone and head in HEADS else ""
+
+
 def check_names(names: list[str]) -> None:
     """Raises: UserError: one of them is no model, or stands twice."""
-    for i, name in enumerate(names):
-        if name.removeprefix(PLAIN) not in VARIANTS and name not in PEERS and not timm.is_model(name):
+    for i, each in enumerate(names):
+        name = each.removeprefix(f"{head_of(each)}/")
+        is_plain_backbone = head_of(each) and name.startswith(PLAIN)
+        if is_plain_backbone or (
+            name.removeprefix(PLAIN) not in VARIANTS and name not in PEERS and not timm.is_model(name)
+        ):
             known = [*VARIANTS, *(PLAIN + variant for variant in VARIANTS), *PEERS, *timm.list_models()]
             raise UserError(f"--models: there is no model {name}{did_you_mean(name, known)}")
-        if name in names[:i]:
-            raise UserError(f"--models: {name} stands twice")
+        if each in names[:i]:
+            raise UserError(f"--models: {each} stands twice")
 
 
 def create(name: str, image_size: int) -> nn.Module:
-    """Build the model with random weights, stochastic depth and 1,000 classes, on the CPU."""
+    """Build the model with random weights, stochastic depth and 1,000 classes (150 of pixels), on the CPU."""
+    if head := head_of(name):
+        backbone = create(name.removeprefix(f"{head}/"), image_size)
+        backbone.reset_classifier(0)
+        return create_segmenter(head, backbone, CLASSES_WITHOUT_DATA)
     if name.startswith(PLAIN):
         variant = name.removeprefix(PLAIN)
-        model = plain(variant, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(variant))
+        model = plain(variant, num_classes=CLASSES_TOLD, drop_path_rate=published_stochastic_depth(variant))
         model.load_state_dict(create(variant, image_size).state_dict())
         return model
     if name in VARIANTS:
-        return timm.create_model(name, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(name))
+        return timm.create_model(name, num_classes=CLASSES_TOLD, drop_path_rate=published_stochastic_depth(name))
     name = PEERS.get(name, name)
     arguments = {"drop_path_rate": STOCHASTIC_DEPTH_OF_PEERS} if takes(name, "drop_path_rate") else {}
     if timm.get_pretrained_cfg(name).fixed_input_size:
         arguments["img_size"] = image_size  # its constructor has to know
-    return timm.create_model(name, num_classes=CLASSES, **arguments)
+    return timm.create_model(name, num_classes=CLASSES_TOLD, **arguments)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from config import build_config
+from config import PIXELS, build_config
 from data.augmentation import Plan, augments_on_device, build_train_stage, build_train_transform
 from data.build import build_train_loader, open_images
 from data.dataset import DecodeAndTransform
@@ -36,9 +36,14 @@ def benchmark_data(arguments: Namespace) -> None:
     """Measure images per second of every loader, and milliseconds of every stage of this one."""
     warnings.filterwarnings("ignore", message=".*worker processes in total.*|.*encoding capabilities of TorchVision.*")
     torch.set_num_threads(1)  # the workers need the cores
+    config = config_for(arguments, arguments.data_path)
+    if config.TASK == PIXELS:
+        from scripts.benchmarks.pairs import benchmark_pairs  # which takes much from here
+
+        benchmark_pairs(arguments, config)
+        return
     if not (Path(arguments.data_path) / "train").is_dir():
         raise UserError(f"--data-path {arguments.data_path} has no folder train/, which timm and torchvision read")
-    config = config_for(arguments, arguments.data_path)
     loaders = contenders(arguments, config, this_device())
     runs = {
         name: lambda start=start: images_per_second(start, arguments.workers, arguments.batches)
