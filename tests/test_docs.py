@@ -11,6 +11,7 @@ import timm
 import torch
 from commands import start
 from conftest import ROOT, write_digits
+from make_pairs import write_pairs
 
 import main
 import predict
@@ -23,6 +24,11 @@ LESS = (
     "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.BASE_LR", "1e-4",
 )  # fmt: skip
 """Settings before those of a command, so that it takes seconds."""
+LESS_PIXELS = (
+    *LESS, "TRAIN.STEPS", "2", "TRAIN.WARMUP_STEPS", "0", "TRAIN.EVAL_EVERY_STEPS", "2", "DATA.BATCH_SIZE", "2",
+    "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[128, 64]", "TEST.RESIZE", "[128, 64]",
+)  # fmt: skip
+"""The same for segmentation."""
 
 STAND_INS = {"swin_tiny_patch4_window7_224": "resnet10t", "default": "none", "WORD": "resume"}
 """For a model and a mode of torch.compile that would take minutes, and for what the reader puts in."""
@@ -63,6 +69,9 @@ def place(tmp_path_factory) -> Path:
     shutil.copytree(root / "imagenet" / "val" / "0", root / "my_photos")
     shutil.copy(next((root / "my_photos").iterdir()), root / "photo.jpg")
     shutil.copy(next((root / "my_photos").iterdir()), root / "image.png")
+    write_pairs(root / "my_data")
+    write_pairs(root / "ade20k")
+    write_pairs(root / "nuclei")
     (root / "my.yaml").write_text("BASE: configs/base.yaml\nTRAIN:\n  EMA_DECAY: 0.9999\n")
     for name in ("crossformer-s.pth", "crossformer-b.pth"):
         torch.save({"model": timm.create_model("crossformer_micro", num_classes=10).state_dict()}, root / name)
@@ -71,6 +80,8 @@ def place(tmp_path_factory) -> Path:
         output, tag = folder
         assert main.main([*arguments, "--output", str(root / output), "--tag", tag]) == 0
     (root / "output" / "crossformer_small").symlink_to(root / "output" / "crossformer_micro")
+    arguments = ["--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--data-path", str(root / "nuclei")]
+    assert main.main([*arguments, "--output", str(root / "output"), "--tag", "nuclei", "--opts", *LESS_PIXELS]) == 0
     return root
 
 
@@ -84,6 +95,8 @@ def there(request, monkeypatch):
 def in_place(words: list[str], place: Path) -> list[str]:
     """The words, with what stands in for what the reader has."""
     absolute = {"/imagenet": "imagenet", "/imagenet_v2": "imagenet_v2", "/imagenet_a": "imagenet_a"}
+    absolute |= {"/ade20k": "ade20k", "my_data": "my_data"}
+    absolute |= {f"examples/nuclei{below}": f"nuclei{below}" for below in ("", "/images/val")}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
     words = [str(place / absolute[word]) if word in absolute else word for word in words]
@@ -100,14 +113,16 @@ def test_commands_of_main(place, tmp_path, command):
     if any(word.startswith("hfds/") for word in words) or not words:
         return  # what is on a hub cannot be reached here; the rest would start the default run
     evaluated = ["TEST.REAL_LABELS"] if "TEST.REAL_LABELS" in words else []
-    less = [*LESS, *(["MODEL.DROP_PATH_RATE", "0"] if "swin_tiny_patch4_window7_224" in words else [])]
+    less = LESS_PIXELS if any("segmentation/" in word for word in words) else LESS
+    less = [*less, *(["MODEL.DROP_PATH_RATE", "0"] if "swin_tiny_patch4_window7_224" in words else [])]
     status = main.main(["--output", str(tmp_path), "--opts", *less, *in_place(words, place)])
     assert status == (2 if evaluated else 0)  # digits are not ImageNet, whose own images test_metrics.py has
 
 
 @pytest.mark.parametrize("command", commands(r"predict\.py"), ids=" ".join)
 def test_commands_of_predict(place, command):
-    assert predict.main([*in_place(command[1:], place), "--model", "crossformer_micro"]) == 0
+    ours = [] if any("output/semantic_fpn" in word for word in command) else ["--model", "crossformer_micro"]
+    assert predict.main([*in_place(command[1:], place), *ours]) == 0
 
 
 SHORT = {
