@@ -57,7 +57,7 @@ def segment(
                 continue
             with torch.inference_mode(), precision.autocast():
                 seen = stage(image[None], [Plan()])[0]
-                labels = whole(trained.model, seen, tuple(image.shape[1:])).argmax(dim=0).byte().cpu().numpy()
+                labels = whole.classes(trained.model, seen, tuple(image.shape[1:])).byte().cpu().numpy()
             photograph, there = tensor_to_pil(image), shares(labels, classes)
             if folder:
                 name = path.absolute().relative_to(above)

@@ -194,7 +194,7 @@ class MeanIoU:
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         for number, image, labels in zip(batch.numbers.tolist(), batch.images, batch.targets, strict=True):
-            answers = self.whole(model, image, tuple(labels.shape)).argmax(dim=0)
+            answers = self.whole.classes(model, image, tuple(labels.shape))
             confusion = confusion_matrix(answers, labels, len(self.classes))
             self.confusion += confusion
             self.album.add(number, image, labels, answers, confusion)

@@ -8,6 +8,8 @@ from torch import Tensor
 from data.augmentation.pairs import brought_within
 from models.heads.layers import resize
 
+CLASSES_AT_ONCE = 16
+
 Ask = Callable[[Tensor], Tensor]
 """From images ``(B, 3, H, W)`` to logits ``(B, classes, h, w)``."""
 
@@ -42,12 +44,28 @@ class WholeImage:
         """Give the logits ``(classes, *size)`` of an image ``(3, H, W)``, float on the device."""
         views = list(self._views(image))
         if len(views) == 1:
-            return self._logits(ask, views[0][0], size)
+            return resize(self._logits(ask, views[0][0]), size)[0]
         mean = torch.zeros(())
         for view, mirrored in views:
-            probabilities = self._logits(ask, view, size).softmax(dim=0)
+            probabilities = resize(self._logits(ask, view), size)[0].softmax(dim=0)
             mean = mean.to(probabilities) + (probabilities.flip(-1) if mirrored else probabilities) / len(views)
         return mean.log()
+
+    def classes(self, ask: Ask, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Give each pixel's class, ``(*size)`` int64: the largest of the logits.
+
+        Of a single view a few classes are resized at a time: those of all would take gigabytes of a large photograph.
+        """
+        views = list(self._views(image))
+        if len(views) > 1:
+            return self(ask, image, size).argmax(dim=0)
+        logits = self._logits(ask, views[0][0])
+        best, answers = resize(logits[:, :CLASSES_AT_ONCE], size)[0].max(dim=0)
+        for first in range(CLASSES_AT_ONCE, logits.shape[1], CLASSES_AT_ONCE):
+            value, answer = resize(logits[:, first : first + CLASSES_AT_ONCE], size)[0].max(dim=0)
+            answers = torch.where(value > best, answer + first, answers)
+            best = torch.maximum(best, value)
+        return answers
 
     def _views(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Yield what the model is to see, ``(1, 3, h, w)``, and whether it is mirrored."""
@@ -58,9 +76,9 @@ class WholeImage:
             if self.flip:
                 yield seen.flip(-1), True
 
-    def _logits(self, ask: Ask, view: Tensor, size: tuple[int, int]) -> Tensor:
-        logits = self._in_windows(ask, view) if self.window else ask(view).float()
-        return resize(resize(logits, tuple(view.shape[2:])), size)[0]  # by way of what it saw, as published
+    def _logits(self, ask: Ask, view: Tensor) -> Tensor:
+        """Logits ``(1, classes, h, w)`` at the size of the view, by way of which they are resized as published."""
+        return self._in_windows(ask, view) if self.window else resize(ask(view).float(), tuple(view.shape[2:]))
 
     def _in_windows(self, ask: Ask, view: Tensor) -> Tensor:
         """Average the logits of windows that overlap, ``(1, classes, h, w)`` at the size of the view."""

@@ -85,3 +85,10 @@ def test_scales_are_averaged():
     logits = whole(lambda x: seen.append(x.shape[2]) or brightness(x), torch.randn(3, 64, 64), (64, 64))
     assert seen == [32, 64, 96]
     torch.testing.assert_close(logits.exp().sum(0), torch.ones(64, 64))
+
+
+def test_classes_are_the_largest_logits_however_many_there_are():
+    torch.manual_seed(0)
+    weights, image = torch.randn(37, 3, 4, 4), torch.randn(3, 50, 70)
+    whole, ask = WholeImage((2048, 64), 32), lambda x: F.conv2d(x, weights, stride=4)
+    assert torch.equal(whole.classes(ask, image, (50, 70)), whole(ask, image, (50, 70)).argmax(0))

@@ -66,6 +66,8 @@ class PairTransform:
                 int(torch.randint(max(there - wanted, 0) + 1, ()))
                 for there, wanted in zip(labels.shape, self.size, strict=True)
             )
+            if self.most_of_one_class == 1:
+                break
             counts = labels[top : top + self.size[0], left : left + self.size[1]].flatten().bincount()[:VOID]
             if (counts > 0).sum() > 1 and counts.max() < self.most_of_one_class * counts.sum():
                 break
