@@ -14,7 +14,8 @@ from data.dataset import ImageDataset, Sample
 from data.index import ImageIndex, Index, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
-from data.pairs import EXPECTED_PAIRS, PairIndex, find_pair_layout
+from data.pair_layouts import EXPECTED, find_pair_layout
+from data.pairs import LabelMaps
 from data.sampling import EvalBatches, TrainBatches
 from data.timm_index import TimmIndex
 from utils.distributed import rank, world_size
@@ -106,7 +107,7 @@ def _open_with_timm(config, root: Path, training: bool) -> tuple[TimmIndex | Non
     return train, val, classes
 
 
-def open_pairs(config, training: bool) -> tuple[PairIndex | None, PairIndex, list[str]]:
+def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, list[str]]:
     """Open the images with label maps in DATA.DATA_PATH.
 
     Returns:
@@ -116,13 +117,13 @@ def open_pairs(config, training: bool) -> tuple[PairIndex | None, PairIndex, lis
         UserError: something is missing, damaged or empty.
     """
     root = _root(config, "images/train, images/val, masks/train, masks/val and classes.txt (see docs/segmentation.md)")
-    indexes: dict[str, PairIndex | None] = {"train": None}
+    indexes: dict[str, LabelMaps | None] = {"train": None}
     for split in ("train", "val") if training else ("val",):
         layout = find_pair_layout(root, split)
         if layout is None:
             raise UserError(
                 f"DATA.DATA_PATH {root} has no images with label maps for {split}; expected "
-                f"{EXPECTED_PAIRS.format(split=split)} in it (see docs/segmentation.md)"
+                f"{EXPECTED.format(split=split)} in it (see docs/segmentation.md)"
             )
         indexes[split] = open_index(layout, config.DATA.CACHE_DIR)
     return indexes["train"], indexes["val"], indexes["val"].classes

@@ -45,7 +45,7 @@ def _folder(root: Path, split: str) -> Layout | None:
     folder = root / split
     if os.path.islink(folder) and not os.path.exists(folder):
         raise UserError(f"{folder} is a link that leads nowhere; mend or remove it")
-    if not os.path.isdir(folder) or (_tars(folder) and not list_folder(folder, folders_above(folder)).folders):
+    if not os.path.isdir(folder) or (tars_in(folder) and not list_folder(folder, folders_above(folder)).folders):
         return None
     return FolderLayout(root, split)
 
@@ -70,11 +70,13 @@ def _official(root: Path, split: str) -> Layout | None:
 
 def _tar(root: Path, split: str) -> Layout | None:
     official = (imagenet.TRAIN, imagenet.VAL)
-    archives = _tars(root / split) or _tars(root, lambda name: name not in official and split in _words(name))
+    archives = tars_in(root / split) or tars_in(root, lambda name: name not in official and split in _words(name))
     return TarLayout(root, split, archives) if archives else None
 
 
-def _tars(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+def tars_in(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    """List the tar files in a folder whose names are ``wanted``, sorted; none where it is not there."""
+
     def names() -> Iterator[str]:
         if not os.path.isdir(folder):
             return

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,28 @@ Pair = tuple[str, str]
 """An image and its label map, relative to the root."""
 
 
-class PairIndex(ImageIndex):
-    """Images and their label maps: ``index[i]`` is the bytes of both files.
+class LabelMaps(ImageIndex):
+    """What an index knows of label maps: ``index[i]`` is the bytes of an image and of its label map.
 
-    ``arrays`` holds the ``names`` of both, image by image, and the ``ends`` of these; ``values``, which numbers occur
-    in each map ``(N, 32)`` as bits; and the ``table`` ``(256,)`` from a file's numbers to those of classes. ``labels``
-    are all 0: it is pixels that have classes here.
+    ``arrays`` holds ``values``, which numbers occur in each map ``(N, 32)`` as bits, and the ``table`` ``(256,)`` from
+    a file's numbers to those of classes. ``labels`` are all 0: it is pixels that have classes here.
     """
+
+    def occurring(self) -> np.ndarray:
+        """Tell which numbers occur in the files of label maps, ``(256,)`` bool."""
+        return np.unpackbits(np.bitwise_or.reduce(self.arrays["values"], axis=0)).astype(bool)
+
+    def first_with(self, value: int) -> str:
+        """Name the first label map in which a number occurs."""
+        return self.name_of_labels(int(np.flatnonzero(np.unpackbits(self.arrays["values"], axis=1)[:, value])[0]))
+
+    @abstractmethod
+    def name_of_labels(self, i: int) -> str:
+        """Say where the label map of image ``i`` is."""
+
+
+class PairIndex(LabelMaps):
+    """``arrays`` holds the ``names`` of both files of each pair, the image first, and the ``ends`` of these."""
 
     def __getitem__(self, i: int) -> tuple[bytes, bytes]:
         return self.read(i), read_file(self.path(2 * i + 1))
@@ -62,14 +78,8 @@ class PairIndex(ImageIndex):
     def name(self, i: int) -> str:
         return str(self.path(2 * i))
 
-    def occurring(self, i: int | None = None) -> np.ndarray:
-        """Tell which numbers occur in the files of all label maps, or in that of image ``i``: ``(256,)`` bool."""
-        bits = self.arrays["values"]
-        return np.unpackbits(np.bitwise_or.reduce(bits, axis=0) if i is None else bits[i]).astype(bool)
-
-    def first_with(self, value: int) -> Path:
-        """Give the path of the first label map in which a number occurs."""
-        return self.path(2 * int(np.flatnonzero(np.unpackbits(self.arrays["values"], axis=1)[:, value])[0]) + 1)
+    def name_of_labels(self, i: int) -> str:
+        return str(self.path(2 * i + 1))
 
 
 class PairLayout(Layout):
@@ -150,7 +160,12 @@ def look(image: Path, labels: Path) -> np.ndarray:
             f"label map {labels} is {pixels.shape[0]} x {pixels.shape[1]}, its image {image} {size[0]} x {size[1]}; "
             "make them the same size (label maps with nearest interpolation)"
         )
-    return np.bincount(pixels.ravel(), minlength=VALUES) > 0
+    return values_in(pixels)
+
+
+def values_in(labels: np.ndarray) -> np.ndarray:
+    """Tell which numbers occur in a label map, ``(256,)`` bool."""
+    return np.bincount(labels.ravel(), minlength=VALUES) > 0
 
 
 def decode_labels(data: bytes) -> np.ndarray:
@@ -177,23 +192,11 @@ def decode_labels(data: bytes) -> np.ndarray:
 # ---- Layouts
 
 
-def find_pair_layout(root: Path, split: str) -> PairLayout | None:
-    """Find out how ``split`` (train or val) of the pairs in ``root`` is kept; None where nothing of it is there."""
-    for find in (_cityscapes, _voc, _folders):
-        if layout := find(root, split):
-            return layout
-    return None
-
-
-EXPECTED_PAIRS = (
-    "images/{split} with masks/{split} (or {split} with masks/{split}), ADE20K's images/training with "
-    "annotations/training, Cityscapes' "
-    "leftImg8bit/{split} with gtFine/{split}, or Pascal VOC's JPEGImages with SegmentationClass"
-)
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation")}
+"""What the parts may be called on disk."""
 
 
-def _folders(root: Path, split: str) -> PairLayout | None:
+def in_folders(root: Path, split: str) -> PairLayout | None:
     for folder in SPLITS[split]:
         for images, masks in itertools.product((root / "images", root), ("masks", "annotations", "labels")):
             images, labels = images / folder, root / masks / folder
@@ -208,7 +211,7 @@ def _folders(root: Path, split: str) -> PairLayout | None:
     return None
 
 
-def _cityscapes(root: Path, split: str) -> PairLayout | None:
+def as_cityscapes(root: Path, split: str) -> PairLayout | None:
     images, labels = root / "leftImg8bit" / split, root / "gtFine" / split
     if not (images.is_dir() and labels.is_dir()):
         return None
@@ -220,7 +223,7 @@ def _cityscapes(root: Path, split: str) -> PairLayout | None:
     return PairLayout(root, f"{split}-cityscapes", [images, labels], find, lambda: [*CITYSCAPES.values()], numbers)
 
 
-def _voc(root: Path, split: str) -> PairLayout | None:
+def as_voc(root: Path, split: str) -> PairLayout | None:
     for base in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
         images, labels, names = base / "JPEGImages", base / "SegmentationClass", base / "ImageSets" / "Segmentation"
         if not (images.is_dir() and labels.is_dir() and (names / f"{split}.txt").is_file()):

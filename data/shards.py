@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -27,6 +28,8 @@ from data.decoding import ORIENTATION, BadImage, Decoding, decode_with_orientati
 from data.files import is_companion, is_image
 from data.folder import FileIndex
 from data.index import Index
+from data.pair_tar import LABELS
+from data.pairs import LabelMaps, decode_labels
 from data.sampling import epoch_order
 from utils.errors import UserError
 from utils.files import reason_of, remove_temporaries, replacing, writing
@@ -82,12 +85,13 @@ class Made(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """An image as it goes into an archive, and how many bytes it had before."""
+    """An image as it goes into an archive, how many bytes it had before, and the names and bytes of files with it."""
 
     name: str
     label: int
     before: int
     data: bytes
+    beside: tuple[tuple[str, bytes], ...] = ()
 
 
 def begin(out: Path, settings: dict[str, Any]) -> None:
@@ -99,7 +103,9 @@ def begin(out: Path, settings: dict[str, Any]) -> None:
     path = out / "prepare.json"
     try:
         if path.exists():
-            begun = {"upright": False, "white": 0.0} | json.loads(path.read_text())  # older ones knew of nothing else
+            begun = {"upright": False, "white": 0.0, "task": "classification"} | json.loads(
+                path.read_text()
+            )  # older ones knew of nothing else
             for key in settings:
                 if begun.get(key) != settings[key]:
                     raise UserError(
@@ -175,10 +181,11 @@ def write_shard(split: Split, shard: tuple[Path, list[int]]) -> Made:
         tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar,
     ):
         for image in prepare(split, numbers):
-            if isinstance(image, Prepared):
-                member = tarfile.TarInfo(f"{split.name}/{image.name}")  # so that a class may be called train
-                member.size = len(image.data)
-                tar.addfile(member, io.BytesIO(image.data))
+            files = [(image.name, image.data), *image.beside] if isinstance(image, Prepared) else []
+            for name, data in files:
+                member = tarfile.TarInfo(f"{split.name}/{name}")  # so that a class may be called train
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
             made += count(image)
     return made
 
@@ -230,6 +237,9 @@ def prepare(split: Split, numbers: Iterable[int]) -> Iterator[Prepared | str]:
     index, recipe = split.index, split.recipe
     for i in numbers:
         try:
+            if isinstance(index, LabelMaps):
+                yield prepare_pair(index, i, recipe)
+                continue
             source, label = read_item(index, i)
             data = shrink(source, recipe)
         except OSError as error:
@@ -242,6 +252,23 @@ def prepare(split: Split, numbers: Iterable[int]) -> Iterator[Prepared | str]:
         else:
             name = f"{split.folders[label]}/{visible(name_in_class(index, i))}"
             yield Prepared(name, label, len(source) if isinstance(source, bytes) else len(data), data)
+
+
+def prepare_pair(index: LabelMaps, i: int, recipe: Recipe) -> Prepared:
+    """Prepare an image and its label map, at the same size; one that is small enough stays as it is.
+
+    Raises:
+        BadImage: one of them cannot be decoded.
+        OSError: one of them cannot be read.
+    """
+    source, labels = read_item(index, i)
+    data, numbers = shrink(source, recipe), index.arrays["table"][decode_labels(labels)]
+    if data is not source:
+        height, width = decode_with_orientation(data, recipe.decoding)[0].shape[1:]
+        numbers = F.resize(torch.from_numpy(numbers)[None], [height, width], InterpolationMode.NEAREST)[0].numpy()
+    Image.fromarray(numbers).save(file := io.BytesIO(), "PNG", optimize=True)
+    suffix = "jpg" if jpeg_size(data) else "png"
+    return Prepared(f"{i:08d}.{suffix}", 0, len(source), data, ((f"{i:08d}{LABELS}", file.getvalue()),))
 
 
 def shrink(data: bytes | Image.Image, recipe: Recipe) -> bytes:

@@ -26,7 +26,14 @@ class TarIndex(ArchiveIndex):
     """``offset`` is where an image's bytes begin; the member's header lies before them and is checked."""
 
     def read(self, i: int) -> bytes:
-        offset, length = int(self._offset[i]), int(self._length[i])
+        return self.read_member(i, int(self._offset[i]), int(self._length[i]))
+
+    def read_member(self, i: int, offset: int, length: int) -> bytes:
+        """Read a member of image ``i``'s archive whose bytes are there.
+
+        Raises:
+            UserError: the archive does not fit the index.
+        """
         data = self.bytes_at(i, offset - BLOCK, BLOCK + length)
         if len(data) < BLOCK + length or _size(data) != length:
             raise self.misfit(i)

@@ -1,5 +1,7 @@
 """Make tar shards of a data set in any layout that docs/data.md knows, or with --zip what Swin-style trainers read.
 
+With --task segmentation it is a data set of images with label maps (docs/segmentation.md).
+
 With --short-side larger images are resized, which halves the bytes and the time to decode them. The same command again
 carries on where it was stopped, and the same command always gives the same bytes.
 """
@@ -14,13 +16,14 @@ from rich.filesize import decimal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import build_config
-from data.build import open_images
+from config import CLASSES, PIXELS, build_config
+from data.build import open_images, open_pairs
 from data.decoding import build_decoding
 from data.files import describe_left_out
 from data.shards import Made, Recipe, Split, alone, begin, folders_of, write_shards, write_zip
 from utils.command import Parser, run_command
 from utils.errors import UserError
+from utils.files import write_whole, writing
 from utils.names import printable
 from utils.progress import with_progress
 from utils.surroundings import a_path
@@ -34,6 +37,7 @@ def parse(arguments: list[str]) -> Namespace:
     p.add_argument("source", metavar="SOURCE", type=a_path, help="folder of the data set")
     p.add_argument("out", metavar="OUT", type=a_path, help="folder to write to, a new one or one that was begun")
     p.add_argument("--format", default="auto", help="layout of SOURCE, as DATA.FORMAT; default: %(default)s")
+    p.add_argument("--task", choices=(CLASSES, PIXELS), default=CLASSES, help="default: %(default)s")
     p.add_argument("--zip", action="store_true", help="write train.zip, train_map.txt and val in place of shards")
     p.add_argument("--images-per-shard", metavar="N", type=int, default=2000, help="default: %(default)s")
     p.add_argument("--short-side", metavar="PIXELS", type=int, default=0, help="resize larger images, for example 320")
@@ -49,6 +53,8 @@ def parse(arguments: list[str]) -> Namespace:
     unused = [key for key in given.opts[::2] if key not in SETTINGS]
     if unused:
         raise UserError(f"--opts {unused[0]} changes nothing here; what does is {', '.join(SETTINGS)}")
+    if given.task == PIXELS and (given.zip or given.format != "auto"):
+        raise UserError("--zip and --format are for classification; leave them out with --task segmentation")
     if given.out.resolve().is_relative_to(given.source.resolve()):
         raise UserError(f"OUT {given.out} lies in SOURCE {given.source}; give a folder outside it")
     return given
@@ -57,19 +63,22 @@ def parse(arguments: list[str]) -> Namespace:
 def prepare(arguments: list[str]) -> None:
     """Write both splits; what is there already stays."""
     given = parse(arguments)
-    opts = ["DATA.DATA_PATH", str(given.source), "DATA.FORMAT", given.format, *given.opts]
+    opts = ["TASK", given.task, "DATA.DATA_PATH", str(given.source), "DATA.FORMAT", given.format, *given.opts]
     config = build_config(opts=opts)
     recipe = Recipe(build_decoding(config), given.short_side, given.quality, given.on_bad_image == "skip")
-    train, val, classes = open_images(config, training=True)
+    train, val, classes = (open_pairs if given.task == PIXELS else open_images)(config, training=True)
     folders = folders_of(classes, given.zip)
     splits = [Split(name, index, folders, recipe) for name, index in (("train", train), ("val", val))]
     settings = {
         "source": str(given.source.resolve()), "format": given.format, "zip": given.zip,
         "images": {split.name: len(split.index) for split in splits}, "images_per_shard": given.images_per_shard,
         "short_side": given.short_side, "quality": given.quality, "upright": recipe.decoding.upright,
-        "white": recipe.decoding.white,
+        "white": recipe.decoding.white, "task": given.task,
     }  # fmt: skip
     begin(given.out, settings)
+    if given.task == PIXELS:
+        with writing(given.out / "classes.txt", "choose another OUT"):
+            write_whole(given.out / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
     if left_out := describe_left_out({"train": train, "val": val}):
         print(left_out)
     for split in splits:
@@ -83,7 +92,8 @@ def prepare(arguments: list[str]) -> None:
         for line in total.skipped:
             print(f"left out: {printable(line)}")
         print(f"{split.name}: {total.images:,} images written now, {decimal(total.before)} -> {decimal(total.after)}")
-    print(f"\nTrain on it:\n    python main.py --cfg configs/small.yaml --data-path {given.out}")
+    recipe = "segmentation/upernet_small" if given.task == PIXELS else "small"
+    print(f"\nTrain on it:\n    python main.py --cfg configs/{recipe}.yaml --data-path {given.out}")
 
 
 main = partial(run_command, prepare, stopped="stopped; the same command carries on")

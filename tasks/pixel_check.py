@@ -13,7 +13,8 @@ from data.augmentation.pairs import VOID, build_pair_transform
 from data.build import open_pairs
 from data.dataset import ImageDataset, Sample
 from data.decoding import build_decoding, decode, tensor_to_pil
-from data.pairs import PairIndex, decode_labels, find_pair_layout
+from data.pair_layouts import find_pair_layout
+from data.pairs import LabelMaps, decode_labels
 from data.sampling import epoch_order
 from tasks.overlay import painted
 from tasks.segmentation import DecodePair, label_table
@@ -32,7 +33,7 @@ SHOWN, CELL = 6, 200
 class ImagesAlone:
     """The images of pairs, all of one class, as the inspection of images takes them."""
 
-    def __init__(self, index: PairIndex):
+    def __init__(self, index: LabelMaps):
         self.index, self.root, self.left_out = index, index.root, index.left_out
         self.labels, self.name = index.labels, index.name
 
@@ -43,7 +44,7 @@ class ImagesAlone:
         return self.index.read(i), 0
 
 
-def open_pair_splits(config) -> tuple[dict[str, PairIndex], list[str]]:
+def open_pair_splits(config) -> tuple[dict[str, LabelMaps], list[str]]:
     """Open those of train and val that are there, and name the classes.
 
     Raises:
@@ -59,7 +60,7 @@ def open_pair_splits(config) -> tuple[dict[str, PairIndex], list[str]]:
     return there, classes
 
 
-def count_pixels(config, index: PairIndex, classes: list[str], workers: int, split: str) -> np.ndarray:
+def count_pixels(config, index: LabelMaps, classes: list[str], workers: int, split: str) -> np.ndarray:
     """Count the pixels of each class in each label map, ``(N, classes + 1)`` int64; the last column is void.
 
     Raises:
@@ -74,7 +75,7 @@ def count_pixels(config, index: PairIndex, classes: list[str], workers: int, spl
         return np.concatenate(list(with_progress((task.result() for task in tasks), title, len(index), len)))
 
 
-def count_chunk(index: PairIndex, table: np.ndarray, classes: int, chunk: Iterable[int]) -> np.ndarray:
+def count_chunk(index: LabelMaps, table: np.ndarray, classes: int, chunk: Iterable[int]) -> np.ndarray:
     """Count the pixels of some label maps; the index has decoded each of them once."""
     counts = [np.bincount(table[decode_labels(index[i][1])].ravel(), minlength=VOID + 1) for i in chunk]
     return np.stack([np.append(each[:classes], each[VOID]) for each in counts])
@@ -100,7 +101,7 @@ def pixel_table(report: dict, classes: list[str]) -> Table:
     return Table("classes", ["", *(x for split in splits for x in (f"{split} images", "pixels"))], rows)
 
 
-def preview(config, index: PairIndex, classes: list[str]) -> bytes:
+def preview(config, index: LabelMaps, classes: list[str]) -> bytes:
     """Draw the first images of epoch 0: with their label maps, and as training sees them in two epochs, as a PNG."""
     table, decoding = label_table(config, index, len(classes)), build_decoding(config)
     chosen = epoch_order(config.SEED, 0, len(index))[:SHOWN].tolist()

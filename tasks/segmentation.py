@@ -16,7 +16,7 @@ from data.build import build_eval_loader, build_train_loader, check_num_classes,
 from data.dataset import Sample
 from data.decoding import BadImage, Decoding, build_decoding, decode_with_orientation
 from data.loading import Batch, EvalLoader
-from data.pairs import PairIndex, decode_labels
+from data.pairs import LabelMaps, decode_labels
 from models import build_segmenter, load_segmenter
 from models.heads.layers import resize
 from tasks import Loaders
@@ -108,7 +108,7 @@ class Segmentation:
         self.check(content, path)
         return self._eval_loader(val, label_table(config, val, len(self.classes))), []
 
-    def _eval_loader(self, index: PairIndex, table: np.ndarray) -> EvalLoader:
+    def _eval_loader(self, index: LabelMaps, table: np.ndarray) -> EvalLoader:
         sample, self._names = DecodePair(table, build_decoding(self.config)), index.name
         return build_eval_loader(self.config, index, sample, None, self._stage())
 
@@ -227,7 +227,7 @@ class MeanIoU:
 # ---- label maps
 
 
-def label_table(config, index: PairIndex, num_classes: int) -> np.ndarray:
+def label_table(config, index: LabelMaps, num_classes: int) -> np.ndarray:
     """Give the table ``(256,)`` uint8 from numbers in an index's label maps to classes, or VOID.
 
     Raises:
@@ -257,7 +257,7 @@ def label_table(config, index: PairIndex, num_classes: int) -> np.ndarray:
     return table
 
 
-def never_occurring(config, index: PairIndex, table: np.ndarray, classes: list[str]) -> str:
+def never_occurring(config, index: LabelMaps, table: np.ndarray, classes: list[str]) -> str:
     """Name the classes of which no label map has a pixel; empty where there are none."""
     present = set(table[index.occurring()].tolist())
     missing = [name for i, name in enumerate(classes) if i not in present]

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import start
 from make_pairs import draw_pair
 from PIL import Image
 
 from config import build_config
 from data.augmentation.pairs import VOID, PairTransform, brought_within, build_pair_transform
 from data.build import open_pairs
-from data.decoding import build_decoding
+from data.decoding import Decoding, build_decoding
 from data.pairs import CITYSCAPES, VOC, decode_labels
 from tasks.segmentation import DecodePair, label_table
 from utils.randomness import seed_cpu
@@ -180,3 +181,32 @@ def test_brought_within(size, bounds, expected):
 def test_the_recipe(tmp_path):
     built = build_pair_transform(config_of(tmp_path, "DATA.IMG_SIZE", "512"))
     assert built == PairTransform((512, 512), (2048, 512), (0.5, 2.0), 0.75, 0.5, 0.5)
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("short_side", [0, 32])
+def test_shards_hold_the_same_pairs(pairs, tmp_path, short_side):
+    """As they are, or both resized; the numbers of the label maps and their order stay."""
+    words = ("--task", "segmentation", "--images-per-shard", "5", "--workers", "1", "--short-side", short_side)
+    done = start("scripts/prepare_imagenet.py", pairs, tmp_path / "out", *words)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out/train").glob("*.tar")) == [
+        f"train-0000{i}.tar" for i in range(3)
+    ]
+    plain, packed = (open_pairs(config_of(root), training=True) for root in (pairs, tmp_path / "out"))
+    assert plain[2] == packed[2]
+    for there, here in zip(plain[:2], packed[:2], strict=True):
+        table = label_table(config_of(pairs), here, 3)
+        samples = [
+            [DecodePair(table, Decoding())(index[i], False) for i in range(len(index))] for index in (there, here)
+        ]
+        assert len(samples[0]) == len(samples[1])
+        if not short_side:
+            found = [{(s.image.numpy().tobytes(), s.target.numpy().tobytes()) for s in some} for some in samples]
+            assert found[0] == found[1]
+        for sample in samples[1]:
+            assert sample.image.shape[1:] == sample.target.shape
+            assert min(sample.target.shape) <= (short_side or 72)
+            assert set(sample.target.unique().tolist()) <= {0, 1, 2, 255}
