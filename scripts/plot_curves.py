@@ -11,6 +11,12 @@ from utils.drawing import drawable, pyplot
 from utils.errors import UserError
 from utils.surroundings import a_path
 
+METRICS = {
+    "top1": "top-1", "top5": "top-5", "miou": "mIoU", "mean_accuracy": "mean accuracy",
+    "pixel_accuracy": "pixel accuracy",
+}  # fmt: skip
+"""In percent, of an evaluation; the first one that it has decides which weights are the best."""
+
 
 def read_events(metrics: Path) -> tuple[list[dict], list[dict]]:
     """The training and the evaluation lines of a ``metrics.jsonl``."""
@@ -30,11 +36,15 @@ def draw(plt, train: list[dict], evaluations: list[dict], title: str, path: Path
         mine = [e for e in evaluations if e["weights"] == weights]
         if mine:
             at = [e["step"] for e in mine]
-            loss.plot(at, [e["loss"] for e in mine], style, markersize=3, label=f"validation{name}")
-            accuracy.plot(at, [e["top1"] for e in mine], style, markersize=3, label=f"top-1{name}")
-            accuracy.plot(at, [e["top5"] for e in mine], style, markersize=3, alpha=0.5, label=f"top-5{name}")
+            if "loss" in mine[0]:
+                loss.plot(at, [e["loss"] for e in mine], style, markersize=3, label=f"validation{name}")
+            for number, metric in enumerate(metric for metric in METRICS if metric in mine[0]):
+                label, values = f"{METRICS[metric]}{name}", [e[metric] for e in mine]
+                accuracy.plot(at, values, style, markersize=3, alpha=0.5 if number else 1, label=label)
     if evaluations:
-        accuracy.set_title(f"best top-1 {max(e['top1'] for e in evaluations):.2f} %", fontsize="medium")
+        first = next(metric for metric in METRICS if metric in evaluations[0])
+        best = max(e[first] for e in evaluations)
+        accuracy.set_title(f"best {METRICS[first]} {best:.2f} %", fontsize="medium")
         accuracy.legend()
     rate.plot(steps, [e["lr"] for e in train], linewidth=1)
     loss.legend()
