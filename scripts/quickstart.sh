@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: set up, train micro on scikit-learn's handwritten digits, evaluate, draw the curves.
 # It may be run again: a training that was stopped carries on, one that is done is only evaluated.
+#
+#     bash scripts/quickstart.sh [more flags of main.py for the training, as --opts TRAIN.EPOCHS 2]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements-quickstart.txt
@@ -13,7 +15,7 @@ run() { python scripts/launch.py --standalone --nproc_per_node "$processes" main
 results=quickstart/crossformer_micro/digits
 
 start=$SECONDS
-run --data-path quickstart/digits --tag digits --batch-size $((32 / processes))
+run --data-path quickstart/digits --tag digits --batch-size $((32 / processes)) "$@"
 seconds=$((SECONDS - start))
 run --data-path quickstart/digits --tag digits_eval --eval --resume $results/checkpoints/best.pth
 python scripts/plot_curves.py $results

@@ -67,6 +67,7 @@ def test_model(tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     done = run_benchmark("step", "--models", "crossformer_micro", "--batch-sizes", "2", *SMALL, "--output", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import random
 import pytest
 import timm
 import torch
+from conftest import quick
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 
@@ -69,7 +70,7 @@ def forward(model: torch.nn.Module, dtype: torch.dtype | None, how: str, trainin
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", quick(VARIANTS, ("crossformer_micro", "crossformer_tiny", "crossformerpp_small")))
 def test_every_variant(name):
     """In each precision, each with another kind of recomputing: three neighbours have all nine pairs between them."""
     model, first = network(name, depths=SHALLOW), list(VARIANTS).index(name)

@@ -141,11 +141,15 @@ def run(words: list[str], place: Path) -> None:
 
 EXPORTS = commands(r"scripts/export\.py")
 STARTED_ELSEWHERE = ("scripts/export.py", "scripts/launch.py")  # what the latter starts is a command of main.py
+SCRIPTS = [
+    # test_benchmark.py times networks that are as small, with all the rest
+    pytest.param(words, marks=pytest.mark.slow) if words[0] == "scripts/benchmark.py" else words
+    for words in commands(r"scripts/\w+\.py")
+    if words[0] not in STARTED_ELSEWHERE
+]
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in commands(r"scripts/\w+\.py") if c[0] not in STARTED_ELSEWHERE], ids=" ".join
-)
+@pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
 def test_commands_of_scripts(place, command):
     if "--prepared" in command:
         run("scripts/prepare_imagenet.py /imagenet /shards --short-side 320 --quality 92".split(), place)

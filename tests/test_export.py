@@ -59,7 +59,8 @@ def load_graph(path):
 
 
 @pytest.mark.parametrize(
-    ("form", "suffix", "batch"), [("torch_export", "pt2", 5), ("onnx", "onnx", 5), ("onnx", "onnx", 1)]
+    ("form", "suffix", "batch"),
+    [("torch_export", "pt2", 5), ("onnx", "onnx", 5), pytest.param("onnx", "onnx", 1, marks=pytest.mark.slow)],
 )
 def test_a_graph_computes_the_same_logits(tmp_path, form, suffix, batch):
     """By the real command line, whose output is these four lines and nothing of the exporters'."""

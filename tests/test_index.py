@@ -187,7 +187,7 @@ print(json.dumps({"images": len(index), "seconds": seconds, "cpu_seconds": cpu_s
     ("kind", "images"),
     [
         ("files", 1_420_000),
-        ("tar", 1_420_000),
+        pytest.param("tar", 1_420_000, marks=pytest.mark.slow),
         pytest.param("files", 14_200_000, marks=pytest.mark.slow),
         pytest.param("tar", 14_200_000, marks=pytest.mark.slow),
     ],

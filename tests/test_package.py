@@ -50,7 +50,7 @@ print(*(tuple(f.shape) for f in model(torch.zeros(1, 3, 64, 64))))
     ("imports", "backend", "known"),
     [
         ("timm", "other,crossformer", True),
-        ("timm", "", False),
+        pytest.param("timm", "", False, marks=pytest.mark.slow),
         pytest.param("torch, timm", "crossformer", True, marks=pytest.mark.slow),
         pytest.param("timm.models", "crossformer", True, marks=pytest.mark.slow),
     ],
@@ -60,6 +60,7 @@ def test_torch_registers_the_models_when_asked(installed, imports, backend, know
     assert python(code, installed, TORCH_BACKEND=backend).strip() == str(known)
 
 
+@pytest.mark.slow
 def test_torch_hub_loads_every_variant(tmp_path):
     code = f"""
 import torch

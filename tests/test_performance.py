@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import quick
 from test_crossformer import fill, images
 from torch import nn
 from torch._dynamo.utils import counters
@@ -42,7 +43,7 @@ def test_kernels_of_a_pass(name, inference, training):
     assert count_kernels(forward_and_backward, CPU) <= training
 
 
-@pytest.mark.parametrize("name", ["crossformer_small", "crossformerpp_small"])
+@pytest.mark.parametrize("name", quick(["crossformer_small", "crossformerpp_small"], ["crossformerpp_small"]))
 def test_what_is_kept_for_the_backward_pass(name):
     model, reference = timm.create_model(name, drop_path_rate=0.2), plain(name, drop_path_rate=0.2)
     x = torch.randn(2, 3, 224, 224)
@@ -88,7 +89,11 @@ def compiled_equals_eager(name: str, backend: str, selective: bool = False, **ar
 
 
 @pytest.mark.parametrize(
-    ("name", "selective", "depths"), [("crossformer_micro", True, (2, 1, 1)), ("crossformerpp_small", False, (1, 4))]
+    ("name", "selective", "depths"),
+    [
+        ("crossformer_micro", True, (2, 1, 1)),
+        pytest.param("crossformerpp_small", False, (1, 4), marks=pytest.mark.slow),
+    ],
 )
 def test_a_graph_without_a_break(name, selective, depths):
     """As far as the backend, which is the part of torch.compile that takes minutes; with an amplitude cooling layer."""

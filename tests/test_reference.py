@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from conftest import quick
 from test_crossformer import fill, images
 from torch import nn
 
@@ -21,7 +22,7 @@ def both(name: str, **overrides) -> tuple[nn.Module, nn.Module]:
     return model, reference
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", quick(VARIANTS, ("crossformer_micro", *AT_224)))
 def test_same_logits(name):
     """96 x 160 makes maps of 24 x 40 down to 3 x 5: padded groups, and a whole map that is no square."""
     size = (224, 224) if name in AT_224 else (96, 160)

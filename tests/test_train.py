@@ -70,7 +70,7 @@ def test_accumulation_is_one_large_batch(run_main, digits):
     assert large.losses()[-1] < large.losses()[0] - 1
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_accumulation_in_mixed_precision(run_main, digits, amp):
     """Fault 4: with weights that stay, gradients in low precision are those of one large batch in fp32, unscaled."""
     still = ("TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
@@ -109,7 +109,7 @@ def stop_at(text: str, signal_number: int, *arguments) -> tuple[int, str]:
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     """Fault 5: killed in the middle of the second of three epochs, with everything random on."""
     flags = (
@@ -397,7 +397,7 @@ class CountSynchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("amp", [pytest.param("none", marks=pytest.mark.slow), "bf16"])
 def test_no_step_waits_for_the_device(digits, tmp_path, amp):
     """Fault 8: a run with twice the steps and as many log lines reads no more values."""
     from engine.train import train

@@ -285,7 +285,7 @@ def fuzz(folder: Path, first: int, last: int) -> None:
 
 def test_a_few_mutations_of_a_checkpoint(tmp_path):
     """Each loads or ends in one line: no traceback, no signal, no more than 1 GB of memory."""
-    fuzz(tmp_path, 0, 40)
+    fuzz(tmp_path, 0, 15)
 
 
 @pytest.mark.slow

@@ -247,6 +247,7 @@ def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_cut_off_ends_all_the_same(tmp_path, digits):
     """Neither the other rank nor the launcher, which keeps the store, answers: as when the network has gone."""
     run = Run(tmp_path, *TWO, "--data-path", digits, "--opts", "TRAIN.HANG_MINUTES", "0.1", launcher=TORCHRUN)
@@ -264,6 +265,7 @@ def test_a_rank_that_is_cut_off_ends_all_the_same(tmp_path, digits):
         run.kill()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_paused_goes_on(tmp_path, digits):
     """Time in which nothing of it ran, as in a suspended machine, is no hang."""
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "6", "TRAIN.HANG_MINUTES", "0.05", "--data-path", digits)
