@@ -22,6 +22,8 @@ from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio
 from utils.counting import count_kernels, moved_bytes, saved_bytes
 
+pytestmark = pytest.mark.xdist_group("benchmark")  # its fixtures are made once
+
 CPU = torch.device("cpu")
 SMALL = ("--image-size", "64", "--repeats", "2")
 
@@ -34,6 +36,7 @@ def figures(folder: Path, what: str) -> dict:
     return json.loads((folder / f"benchmark_{what}.json").read_text())
 
 
+@pytest.mark.slow
 def test_model(tmp_path):
     names = ("crossformer_micro", "plain_crossformer_micro", "convnext_atto")
     done = run_benchmark("model", "--models", *names, "--batch-sizes", "2", "1", *SMALL, "--output", tmp_path)

@@ -17,6 +17,8 @@ import main
 import predict
 from engine import throughput
 
+pytestmark = pytest.mark.xdist_group("docs")  # its fixtures are made once
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LESS = (

@@ -9,10 +9,8 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param("detection", marks=pytest.mark.slow), "segmentation"],  # one for all of examples/
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples").glob("*.py")))
 def test_example(name):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "models"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -109,7 +109,8 @@ def test_compiled_computes_the_same(name):
     compiled_equals_eager(name, "inductor")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_run_is_compiled_once_for_training_and_once_for_evaluation(digits, tmp_path, monkeypatch, backend):
     """Two epochs, each evaluated on batches of 24 and 13: no change of mode and no last batch compiles again.
 

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tasks.miou import confusion_matrix, scores
 from tasks.overlay import LEGEND_WIDTH
 
+pytestmark = pytest.mark.xdist_group("segmentation")  # its fixtures are made once
+
 RUN = (
     "--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--tag", "run", "--batch-size", "4", "--opts",
     "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[160, 64]", "TEST.RESIZE", "[160, 64]",

@@ -380,6 +380,7 @@ def test_weights_that_are_not_finite_end_the_run(run_main, digits):
     assert all(torch.isfinite(value).all() for value in result.checkpoint()["model"].values())
 
 
+@pytest.mark.slow  # tests/faults/test_signals.py has it by a launcher
 def test_ctrl_c_with_loader_processes(digits, tmp_path):
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "1000", "DATA.NUM_WORKERS", "2", "--data-path", digits, "--batch-size", "8")
     status, stderr = stop_at("step 12/", signal.SIGINT, *flags, "--output", tmp_path)

@@ -21,6 +21,8 @@ from tasks.trained import load_trained
 from utils import checkpoint
 from utils.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("validation")  # its fixtures are made once
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -20,6 +20,8 @@ from engine.step import StepResult, TrainStep
 from main import main
 from tasks.classification import Classification
 
+pytestmark = pytest.mark.xdist_group("kills")  # its fixtures are made once
+
 
 @pytest.mark.slow  # test_sweep.py has a few kills that take less time
 @pytest.mark.parametrize("kills", [3, 30])
@@ -323,7 +325,8 @@ print(*sorted(set(statuses)))
 """
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_a_loader_process_that_dies_is_named is one of them
+@pytest.mark.parametrize("rounds", [3, 100])
 def test_a_run_that_lost_a_loader_process_ends_as_it_should(tmp_path, digits, rounds):
     """Again and again: a process that crashes on its way out does so now and then only."""
     flags = (*TINY_RUN, "TRAIN.EPOCHS", "400", "DATA.NUM_WORKERS", "2", "TRAIN.EVAL_EVERY_EPOCHS", "400")

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, TINY_RUN
 from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
 
+pytestmark = pytest.mark.xdist_group("signals")  # its fixtures are made once
+
 HANGING = """
 import os
 import subprocess
