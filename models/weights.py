@@ -153,7 +153,8 @@ def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
     """How many classes the weights of timm's model ``name`` tell apart; None when they have no head."""
     if not timm.is_model(name):
         return None
-    for head in (_heads(timm.get_pretrained_cfg(name).classifier)[0], *HEADS):
+    cfg = timm.get_pretrained_cfg(name)  # not every model has one
+    for head in (*(_heads(cfg.classifier)[:1] if cfg and cfg.classifier else ()), *HEADS):
         weights = _unwrapped(state_dict, f"{head}.weight")
         if weights:
             return _rows(weights[f"{head}.weight"])

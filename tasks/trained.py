@@ -108,7 +108,8 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
             raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
         if segmenter_classes(weights) is None:
-            settings += preparation_of({"pretrained_cfg": timm.get_pretrained_cfg(found).to_dict()}, path)
+            cfg = timm.get_pretrained_cfg(found)  # not every model has one
+            settings += preparation_of({"pretrained_cfg": cfg.to_dict()} if cfg else {}, path)
         else:
             head = "semantic_fpn" if any("neck." in key for key in weights) else "upernet"
             settings += [("TASK", PIXELS, path), ("MODEL.HEAD", head, path)]
