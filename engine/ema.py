@@ -11,7 +11,7 @@ class Ema(ModelEmaV3):
     """timm's moving average, which a step that was skipped leaves as it is, without the host knowing of the skip."""
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:
+    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:  # type: ignore[override]
         """Move towards ``model`` after ``step`` steps, if ``finite`` (0-d, 1 or 0) is 1."""
         averages, values = [], []
         for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,13 +26,13 @@ def prepare_model(config, build: Callable[[], nn.Module], device: torch.device) 
     model = build()
     if config.TRAIN.FREEZE_TRUNK:
         freeze_trunk(model)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def freeze_trunk(model: nn.Module) -> None:
     """Let the head alone be trained."""
     model.requires_grad_(False)
-    heads = model.get_classifier()
+    heads = cast(Any, model).get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):
         head.requires_grad_(True)
 
@@ -85,14 +86,15 @@ def check_image_size(model: nn.Module, image_size: int | Sequence[int], device: 
         error = failure(height_and_width(image_size))
         if error is None:
             return
-        own, shown = model.pretrained_cfg["input_size"][1:], describe_size(image_size)
+        cfg: Any = model.pretrained_cfg
+        own, shown = cfg["input_size"][1:], describe_size(image_size)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         refused = f"DATA.IMG_SIZE {shown}: the model does not take it: {reason}"
         if failure(own) is not None:  # it was built for another size still
             raise UserError(refused) from error
         raise UserError(
             f"{refused}; it takes {describe_size(own)}"
-            f"{_another_size(image_size) if model.pretrained_cfg.get('fixed_input_size') else ''}"
+            f"{_another_size(image_size) if cfg.get('fixed_input_size') else ''}"
         ) from error
     finally:
         model.train(was_training)

@@ -57,7 +57,8 @@ def read_on_main(path: str | Path) -> dict[str, Any]:
 
 def look_after_files(config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader) -> list[str]:
     """See that the files exist of which the state of a run speaks that is carried on; returns lines that say more."""
-    before, lines = state.best, []
+    before = state.best
+    lines: list[str] = []
     if is_main():
         state.best, lines = checkpoints.know_best(before, state.carried.get("owed_best"))
         if config.TRAIN.KEEP_EVERY_EPOCHS and state.carried.get("global_batch") == loader.global_batch:

@@ -61,6 +61,7 @@ def prepare(arguments: list[str]) -> None:
     config = build_config(opts=opts)
     recipe = Recipe(build_decoding(config), given.short_side, given.quality, given.on_bad_image == "skip")
     train, val, classes = open_images(config, training=True)
+    assert train is not None
     folders = folders_of(classes, given.zip)
     splits = [Split(name, index, folders, recipe) for name, index in (("train", train), ("val", val))]
     settings = {

@@ -1,5 +1,6 @@
 """What is learned. A task is one file that answers the questions of :class:`Task`; :func:`build_task` chooses it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ class Loaders(NamedTuple):
 class Evaluator(Protocol):
     """Collects what a model answers; the result is exact on any number of processes and with any batch size."""
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
+    def add(self, model: Callable[[Tensor], Tensor], batch: Batch) -> None:
         """Take the model's answers to a batch of this rank."""
 
     def result(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,7 @@ class Classification:
     def train_loaders(self) -> Loaders:
         config = self.config
         train, val, self.classes = open_images(config, training=True)
+        assert train is not None
         check_num_classes(config, self.classes)
         keep_in_memory(config, train, val)
         on_device = augments_on_device(config, self.device)
@@ -85,10 +86,10 @@ class Classification:
         self, content: dict[str, Any], weights: dict[str, Tensor], path: str
     ) -> tuple[EvalLoader, list[str]]:
         config = self.config
-        _, val, there = open_images(config, training=False)
+        _, images, there = open_images(config, training=False)
         check_num_classes(config, there)
-        keep_in_memory(config, val)
-        val, self.classes, present = number_as_the_model(val, there, content, weights, config.MODEL.NAME, path)
+        keep_in_memory(config, images)
+        val, self.classes, present = number_as_the_model(images, there, content, weights, config.MODEL.NAME, path)
         self.check(content, path)
         lines = [line for line in [prepared_otherwise(content, config, path)] if line]
         if self.classes != there:
@@ -122,12 +123,13 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy with label smoothing, which mixed targets ``(B, classes)`` carry already."""
+        targets = cast(Tensor, batch.targets)
         criterion = (
             SoftTargetCrossEntropy()
-            if batch.targets.is_floating_point()
+            if targets.is_floating_point()
             else LabelSmoothingCrossEntropy(self.config.MODEL.LABEL_SMOOTHING)
         )
-        return criterion(model(batch.images), batch.targets), {}
+        return criterion(model(batch.images), targets), {}
 
     # ---- evaluation
 
@@ -188,8 +190,9 @@ class Accuracy:
         self.views, self.among, self.real, self.tables = views, among, real, tables
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
-        answers, targets = [model(view).float() for view in self.views(batch.images)], batch.targets
+    def add(self, model: Callable[[Tensor], Tensor], batch: Batch) -> None:
+        images, targets = cast(Tensor, batch.images), cast(Tensor, batch.targets)
+        answers = [model(view).float() for view in self.views(images)]
         if self.among is not None:
             answers = [logits.masked_fill(~self.among, -math.inf) for logits in answers]
         logits = mean_of_probabilities(answers)
@@ -218,6 +221,7 @@ class Accuracy:
         return {}
 
     def write(self, folder: Path) -> str:
+        assert self.tables is not None
         return self.tables.write(folder)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from data.dataset import Sample
 from data.decoding import BadImage, Decoding, build_decoding, decode_with_orientation
 from data.loading import Batch, EvalLoader
 from data.pairs import PairIndex, decode_labels
-from models import build_segmenter, load_segmenter
+from models import Segmenter, build_segmenter, load_segmenter
 from models.heads.layers import resize
 from tasks import Loaders
 from tasks.class_names import named_classes
 from tasks.miou import confusion_matrix, scores, zeros
 from tasks.pixel_report import Album, write_report
-from tasks.whole_image import WholeImage, build_whole_image
+from tasks.whole_image import Ask, WholeImage, build_whole_image
 from utils import checkpoint
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
@@ -86,6 +86,7 @@ class Segmentation:
     def train_loaders(self) -> Loaders:
         config = self.config
         train, val, self.classes = open_pairs(config, training=True)
+        assert train is not None
         check_num_classes(config, self.classes)
         keep_in_memory(config, train, val)
         tables = {
@@ -129,9 +130,8 @@ class Segmentation:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy of each head, averaged over all pixels, those that are void included."""
         weights = {"decode": 1.0, "aux": self.config.MODEL.AUX_WEIGHT}
-        terms = {
-            name: weights[name] * cross_entropy(logits, batch.targets) for name, logits in model(batch.images).items()
-        }
+        targets = cast(Tensor, batch.targets)
+        terms = {name: weights[name] * cross_entropy(logits, targets) for name, logits in model(batch.images).items()}
         return torch.stack([*terms.values()]).sum(), terms
 
     # ---- evaluation
@@ -155,7 +155,7 @@ class Segmentation:
     def start_from(self, model: nn.Module, content: dict[str, Any], path: str) -> list[str]:
         which, weights = checkpoint.choose(checkpoint.weights_in(content, path), self.config.MODEL.WEIGHTS, path)
         average = ", of the moving average in it" if which == "ema" else ""
-        line, *notes = load_segmenter(model, weights, path)
+        line, *notes = load_segmenter(cast(Segmenter, model), weights, path)
         return [f"starting from {path}{average}: {line}", *notes]
 
 
@@ -192,7 +192,7 @@ class MeanIoU:
         self.classes, self.whole, self.album, self.name = classes, whole, album, name
         self.confusion, self.images = zeros(len(classes), device), 0
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
+    def add(self, model: Ask, batch: Batch) -> None:
         for number, image, labels in zip(batch.numbers.tolist(), batch.images, batch.targets, strict=True):
             answers = self.whole(model, image, tuple(labels.shape)).argmax(dim=0)
             confusion = confusion_matrix(answers, labels, len(self.classes))
@@ -245,7 +245,7 @@ def label_table(config, index: PairIndex, num_classes: int) -> np.ndarray:
     known = np.zeros(len(table), dtype=bool)
     known[first : num_classes + first] = known[void] = True
     known[:first] = True
-    for value in np.flatnonzero(index.occurring() & ~known):
+    for value in np.flatnonzero(index.occurring() & ~known).tolist():
         hint = "; if 0 is void there, as in ADE20K, set DATA.ZERO_IS_VOID True" if value == num_classes else ""
         raise UserError(
             f"label map {index.first_with(value)} has the number {value}, which is neither one of the {num_classes} "

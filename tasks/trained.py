@@ -78,9 +78,10 @@ def load_trained(
         check_size(config, num_classes, state_dict, path)
     model = (build_segmenter if segments else build_model)(config, num_classes)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
-    facts = {key: known[key] for key in ("step", "epoch", "top1", "top5", "miou", "loss", "images") if key in known}
+    told = ("step", "epoch", "top1", "top5", "miou", "loss", "images")
+    facts: dict[str, Any] = {key: known[key] for key in told if key in known}
     facts["weights"] = which
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device).to(memory_format=torch.channels_last).eval()
     classes = in_words(named_classes(content, num_classes, path), num_classes)
     return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
 

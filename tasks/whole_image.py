@@ -38,7 +38,7 @@ class WholeImage:
         self.bounds, self.multiple, self.scales, self.flip = bounds, multiple, scales, flip
         self.window, self.stride = window, stride
 
-    def __call__(self, ask: Ask, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, ask: Ask, image: Tensor, size: tuple[int, ...]) -> Tensor:
         """Give the logits ``(classes, *size)`` of an image ``(3, H, W)``, float on the device."""
         views = list(self._views(image))
         if len(views) == 1:
@@ -58,7 +58,7 @@ class WholeImage:
             if self.flip:
                 yield seen.flip(-1), True
 
-    def _logits(self, ask: Ask, view: Tensor, size: tuple[int, int]) -> Tensor:
+    def _logits(self, ask: Ask, view: Tensor, size: tuple[int, ...]) -> Tensor:
         logits = self._in_windows(ask, view) if self.window else ask(view).float()
         return resize(resize(logits, tuple(view.shape[2:])), size)[0]  # by way of what it saw, as published
 

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import timm
 import torch
@@ -87,7 +88,7 @@ class Contender:
         config, device = build_config("", ["DATA.IMG_SIZE", str(arguments.image_size)]), this_device()
         torch.manual_seed(0)
         self.network = network
-        self.model = create(network, arguments.image_size).to(device, memory_format=torch.channels_last)
+        self.model = create(network, arguments.image_size).to(device).to(memory_format=torch.channels_last)
         self.precision = precision_of(arguments.precision, device)
         self.task = Marked(config, device, self.mark)
         self.optimizer, self.average, self.meters = self.build_optimizer(config), self.build_average(), DeviceMeters()
@@ -127,7 +128,7 @@ class Contender:
 
     def note(self, result: StepResult) -> None:
         """Do what the loop does after a step."""
-        self.average.update(self.model, self.taken, result.finite)
+        cast(Ema, self.average).update(self.model, self.taken, result.finite)
         self.meters.add(result.finite, loss=result.loss, grad_norm=result.grad_norm)
 
     def mark(self) -> None:
@@ -189,8 +190,8 @@ class Contender:
         run()
         synchronize()
         stays = self.model.state_dict(), self.optimizer.state_dict()["state"], self.average.module.state_dict()
-        stays = sum(t.nbytes for t in tree_leaves(stays) if isinstance(t, torch.Tensor))
-        return stays + torch.cuda.max_memory_allocated() - before
+        held = sum(t.nbytes for t in tree_leaves(stays) if isinstance(t, torch.Tensor))
+        return held + torch.cuda.max_memory_allocated() - before
 
 
 class PlainStep(Contender):
@@ -246,8 +247,9 @@ def create(name: str, image_size: int) -> nn.Module:
     if name in VARIANTS:
         return timm.create_model(name, num_classes=CLASSES, drop_path_rate=published_stochastic_depth(name))
     name = PEERS.get(name, name)
-    arguments = {"drop_path_rate": STOCHASTIC_DEPTH_OF_PEERS} if takes(name, "drop_path_rate") else {}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    arguments: dict[str, Any] = {"drop_path_rate": STOCHASTIC_DEPTH_OF_PEERS} if takes(name, "drop_path_rate") else {}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg and cfg.fixed_input_size:
         arguments["img_size"] = image_size  # its constructor has to know
     return timm.create_model(name, num_classes=CLASSES, **arguments)
 
