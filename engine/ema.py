@@ -4,6 +4,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from config import Config
 from utils.compat import move_towards
 
 
@@ -23,7 +24,7 @@ class Ema(ModelEmaV3):
         move_towards(averages, values, (1 - self.get_decay(step)) * finite)
 
 
-def build_ema(config, model: nn.Module) -> Ema | None:
+def build_ema(config: Config, model: nn.Module) -> Ema | None:
     """The moving average of the weights, its decay a function of the step; None without TRAIN.EMA_DECAY."""
     if not config.TRAIN.EMA_DECAY:
         return None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import Config
 from engine.precision import Precision
 from utils.compat import compile_ddp_whole, is_compiled
 from utils.distributed import world_size
@@ -20,7 +21,7 @@ from utils.parallel import unwrap
 from utils.randomness import seed_everything
 
 
-def prepare_model(config, build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def prepare_model(config: Config, build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
     """The model that a task builds with its initial weights, which depend on the seed alone, on the device."""
     seed_everything(device, config.SEED, "weights")
     model = build()
@@ -46,7 +47,7 @@ def set_training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def compile_in_place(config, model: nn.Module) -> None:
+def compile_in_place(config: Config, model: nn.Module) -> None:
     """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay.
 
     It is compiled for one size of batch in training and one in evaluation, so both must keep to it.
@@ -138,7 +139,7 @@ def _count(twin: nn.Module, batch_size: int, image_size: int | Sequence[int]) ->
     return counter.get_total_flops() / 2e9 / batch_size
 
 
-def describe_model(config, model: nn.Module, gmac: float, precision: Precision) -> str:
+def describe_model(config: Config, model: nn.Module, gmac: float, precision: Precision) -> str:
     """For the first line of a run: the model, what it costs, and on what it is trained."""
     device = precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -154,7 +155,7 @@ def describe_gmac(gmac: float, image_size: int | Sequence[int]) -> str:
     return f"{'unknown' if math.isnan(gmac) else f'{gmac:.3g}'} GMAC at {describe_size(image_size)}"
 
 
-def check_smallest_batch(config, model: nn.Module, images: int) -> None:
+def check_smallest_batch(config: Config, model: nn.Module, images: int) -> None:
     """Find out whether the model can be trained on batches of so many ``images``, without computing anything.
 
     Raises:

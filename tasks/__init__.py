@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from config import Config
 from data.loading import Batch, EvalLoader, TrainLoader
 from utils.errors import UserError
 
@@ -85,7 +86,7 @@ class Task(Protocol):
         """Give ``model`` the weights in a checkpoint to begin with; returns lines for the log."""
 
 
-def build_task(config, device: torch.device) -> Task:
+def build_task(config: Config, device: torch.device) -> Task:
     """The task that ``config.TASK`` names, for a device."""
     match config.TASK:
         case "classification":

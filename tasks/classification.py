@@ -11,6 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import five_crop
 
+from config import Config
 from data.augmentation import (
     DeviceStage,
     augments_on_device,
@@ -50,7 +51,7 @@ class Classification:
 
     best_is, best_title = "top1", "top-1"
 
-    def __init__(self, config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.classes: list[str] = []
         self._mix: Callable | None = None
@@ -225,7 +226,7 @@ class Accuracy:
         return self.tables.write(folder)
 
 
-def build_views(config) -> Views:
+def build_views(config: Config) -> Views:
     """The views that ``TEST.VIEWS`` names, over whose probabilities an evaluation averages."""
     size = list(height_and_width(config.DATA.IMG_SIZE))
     return {

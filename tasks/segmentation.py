@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import Config
 from data.augmentation import DeviceStage, Plan
 from data.augmentation.pairs import VOID, PairTransform, build_pair_transform
 from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory, open_pairs
@@ -70,7 +71,7 @@ class Segmentation:
 
     best_is, best_title = "miou", "mIoU"
 
-    def __init__(self, config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.classes: list[str] = []
         self._names: Callable[[int], str] = str
@@ -227,7 +228,7 @@ class MeanIoU:
 # ---- label maps
 
 
-def label_table(config, index: PairIndex, num_classes: int) -> np.ndarray:
+def label_table(config: Config, index: PairIndex, num_classes: int) -> np.ndarray:
     """Give the table ``(256,)`` uint8 from numbers in an index's label maps to classes, or VOID.
 
     Raises:
@@ -257,7 +258,7 @@ def label_table(config, index: PairIndex, num_classes: int) -> np.ndarray:
     return table
 
 
-def never_occurring(config, index: PairIndex, table: np.ndarray, classes: list[str]) -> str:
+def never_occurring(config: Config, index: PairIndex, table: np.ndarray, classes: list[str]) -> str:
     """Name the classes of which no label map has a pixel; empty where there are none."""
     present = set(table[index.occurring()].tolist())
     missing = [name for i, name in enumerate(classes) if i not in present]

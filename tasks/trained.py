@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
-from config import CROSSFORMERS, PIXELS, build_config, default_config, flatten, settings_in
+from config import CROSSFORMERS, PIXELS, Config, build_config, default_config, flatten, settings_in
 from models import build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.weights import check_size, classes_in, segmenter_classes, variant_of
@@ -45,7 +44,7 @@ class TrainedModel(NamedTuple):
     """
 
     model: nn.Module
-    config: CfgNode
+    config: Config
     classes: list[str]
     facts: dict[str, Any]
     notes: list[str]
@@ -86,7 +85,7 @@ def load_trained(
     return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
 
 
-def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> CfgNode:
+def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> Config:
     saved = content.get("config")
     timms = content["timm"] if os.path.isdir(path) else {}
     settings: list[tuple[str, Any, str]] = []
@@ -154,7 +153,7 @@ def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str
     return [(key, value, path) for key, value in settings.items()]
 
 
-def prepared_otherwise(content: dict, config: CfgNode, path: str) -> str:
+def prepared_otherwise(content: dict, config: Config, path: str) -> str:
     """A line that names what of the settings differs from how a checkpoint's images were prepared; else empty."""
     saved, there = content.get("config"), {}
     if isinstance(saved, str):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from config import Config
 from data.augmentation.pairs import brought_within
 from models.heads.layers import resize
 
@@ -84,8 +85,9 @@ def starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def build_whole_image(config) -> WholeImage:
+def build_whole_image(config: Config) -> WholeImage:
     """Build what TEST asks for."""
     test = config.TEST
     stride = test.STRIDE or max(1, round(2 * test.WINDOW / 3))
-    return WholeImage(tuple(test.RESIZE), test.MULTIPLE, tuple(test.SCALES), test.VIEWS == "flip", test.WINDOW, stride)
+    bounds = test.RESIZE[0], test.RESIZE[1]
+    return WholeImage(bounds, test.MULTIPLE, tuple(test.SCALES), test.VIEWS == "flip", test.WINDOW, stride)
