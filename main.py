@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from config import Config, build_config
 from utils.command import Parser
@@ -24,7 +24,7 @@ from utils.surroundings import settle
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
 
-FLAGS = {
+FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--data-path": ("DATA.DATA_PATH", dict(metavar="DIR", help="folder of the data set (docs/data.md)")),
     "--zip": ("DATA.FORMAT", dict(action="store_const", const="zip", help="read train.zip, train_map.txt, and val")),
     "--cache-mode": ("DATA.CACHE_MODE", dict(metavar="MODE", help="read the data into memory first: no, part or full")),
@@ -50,7 +50,7 @@ SECONDS_FOR_RANK_0_TO_SPEAK = 5
 class Settings(argparse.Action):
     """Print the settings that have a word in them, and end; as ``--help`` does, whatever else is given."""
 
-    def __call__(self, parser, namespace, word, option_string=None) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, namespace, word, option_string=None) -> NoReturn:
         with suppress(BrokenPipeError):  # whoever reads has seen enough
             print(listing(Config, word), end="", flush=True)
         parser.exit()

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any, TextIO, cast
 
 import torch
 from PIL import Image
@@ -52,7 +53,8 @@ def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
     Raises:
         UserError: there is no such file or no image in a folder, or something is no file (see :mod:`data.files`).
     """
-    images, left_out = [], Counter()
+    images: list[Path] = []
+    left_out: Counter[str] = Counter()
     for path in paths:
         if not os.path.lexists(path):
             raise UserError(f"{path} is no file and no folder of images; give images or their folders")
@@ -104,7 +106,7 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
                     )
 
 
-def show(records: list[dict], form: str, out: io.TextIOBase) -> None:
+def show(records: list[dict], form: str, out: TextIO) -> None:
     """Write them; a table is fitted to the width of a terminal, and elsewhere has tabs between its cells."""
     sound = [(record["file"], record["predictions"]) for record in records if "predictions" in record]
     table = Table("file", "class", "other classes", box=None, padding=(0, 2, 0, 0))
@@ -167,7 +169,8 @@ def predict_images(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
     given = parse(arguments)
     (paths, left_out), device = find_images(given.images), torch.device(given.device)
-    records, drawn, screen = [], [], Console(stderr=True)
+    records, screen = [], Console(stderr=True)
+    drawn: list[Card] = []
     for path in filter(None, (given.to, given.sheet)):
         check_writable(path)  # after an hour it would be late to find out
     trained = load_trained(given.checkpoint, device, given.model, given.image_size, given.weights)
@@ -195,11 +198,12 @@ def predict_images(arguments: list[str]) -> int:
         screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
     sound = sum("predictions" in record for record in records)
     if drawn:
-        left_out = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""
+        more = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""
         with writing(given.sheet, REMEDY):
-            write_whole(given.sheet, draw_cards(drawn, f"{name}, {len(drawn)} images{left_out}"))
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    show(records, given.format, out := io.StringIO() if given.to else sys.stdout)
+            write_whole(given.sheet, draw_cards(drawn, f"{name}, {len(drawn)} images{more}"))
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8", errors="backslashreplace")
+    out: Any = io.StringIO() if given.to else sys.stdout
+    show(records, given.format, out)
     if given.to:
         with writing(given.to, REMEDY):
             write_whole(given.to, out.getvalue().encode("utf-8", "backslashreplace"))

@@ -131,7 +131,7 @@ class Members:
         renumbered = np.array([number[name] for name in self.classes], dtype=np.int32)
         labels = renumbered[np.frombuffer(self.labels, dtype=np.int32)]
         by_class = order(self.names, labels)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "labels": labels,
             "archive": np.frombuffer(self.archive, dtype=np.int32),
             "offset": np.frombuffer(self.offset, dtype=np.int64),

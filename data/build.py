@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -81,10 +81,10 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
     for split in ("train", "val") if training else ("val",):
         if layouts[split] is None:
             raise missing(root, split, config.DATA.FORMAT)
-    cache_dir = config.DATA.CACHE_DIR
-    train = open_index(layouts["train"], cache_dir) if training else None
-    classes = train.classes if training else (layouts["train"] or layouts["val"]).classes(cache_dir)
-    return train, open_index(layouts["val"], cache_dir).with_classes(classes), classes
+    there, cache_dir = {split: layout for split, layout in layouts.items() if layout is not None}, config.DATA.CACHE_DIR
+    train = open_index(there["train"], cache_dir) if training else None
+    classes = train.classes if train is not None else there.get("train", there["val"]).classes(cache_dir)
+    return train, open_index(there["val"], cache_dir).with_classes(classes), classes
 
 
 def _root(config, expected: str) -> Path:
@@ -117,7 +117,7 @@ def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, lis
         UserError: something is missing, damaged or empty.
     """
     root = _root(config, "images/train, images/val, masks/train, masks/val and classes.txt (see docs/segmentation.md)")
-    indexes: dict[str, LabelMaps | None] = {"train": None}
+    indexes: dict[str, LabelMaps] = {}
     for split in ("train", "val") if training else ("val",):
         layout = find_pair_layout(root, split)
         if layout is None:
@@ -125,8 +125,8 @@ def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, lis
                 f"DATA.DATA_PATH {root} has no images with label maps for {split}; expected "
                 f"{EXPECTED.format(split=split)} in it (see docs/segmentation.md)"
             )
-        indexes[split] = open_index(layout, config.DATA.CACHE_DIR)
-    return indexes["train"], indexes["val"], indexes["val"].classes
+        indexes[split] = cast(LabelMaps, open_index(layout, config.DATA.CACHE_DIR))
+    return indexes.get("train"), indexes["val"], indexes["val"].classes
 
 
 def check_num_classes(config, classes: list[str]) -> None:

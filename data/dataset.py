@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -86,8 +85,8 @@ class HostBatch:
         bad, failure: as in an item, of the whole batch.
     """
 
-    images: Tensor | Slot | list[Tensor] | list[np.ndarray]
-    targets: Tensor | np.ndarray | list[Tensor] | list[np.ndarray]
+    images: Any
+    targets: Any
     plans: list[Plan]
     numbers: list[int]
     orientations: list[int]
@@ -200,7 +199,7 @@ def collate(items: list[Item], out: Tensor | None = None) -> HostBatch:
         out = torch.empty(len(samples), *shape, dtype=torch.uint8, memory_format=torch.channels_last)
     for place, sample in zip(out, samples, strict=True):
         place.copy_(sample.image)
-    targets = [sample.target for sample in samples]
+    targets: list[Any] = [sample.target for sample in samples]
     stacked = torch.stack(targets) if targets and isinstance(targets[0], Tensor) else torch.tensor(targets).long()
     return replace(collate_apart(items), images=out, targets=stacked)
 

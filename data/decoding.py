@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -115,7 +115,7 @@ def _decode(data: bytes | Image.Image, how: Decoding, look: bool) -> tuple[Tenso
     header = jpeg_header(data) if isinstance(data, bytes) else None
     if header and header.components in (1, 3) and 0 < header.width * header.height <= how.max_pixels:
         try:
-            pixels = decode_fast(data)
+            pixels = decode_fast(cast(bytes, data))
         except (RuntimeError, ValueError):
             pass  # Pillow forgives more, and its message is the better one
         else:
@@ -149,13 +149,14 @@ class open_picture:
     """
 
     def __init__(self, data: bytes | Image.Image, max_pixels: int = MAX_PIXELS):
-        self.picture, self.is_ours = data, isinstance(data, bytes)
-        if self.is_ours:
+        self.is_ours = isinstance(data, bytes)
+        if isinstance(data, bytes):
             if not data:
                 raise ValueError("the file is empty")
-            Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow warns from here on, and refuses twice of it
+            # Pillow warns from here on, and refuses twice of it
+            Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
             try:
-                self.picture = Image.open(io.BytesIO(data), formats=known_formats())
+                self.picture: Image.Image = Image.open(io.BytesIO(data), formats=known_formats())
             except UnidentifiedImageError:  # its own message names an object in memory
                 raise ValueError(what_it_is(data)) from None
             except Image.DecompressionBombError:
@@ -164,6 +165,8 @@ class open_picture:
             raise ValueError(f"{data.format} is no format of pixels; save it as PNG")
         elif data.width * data.height > max_pixels:
             raise ValueError(f"it has more pixels than DATA.MAX_PIXELS {max_pixels:,} allows")
+        else:
+            self.picture = data
 
     def __enter__(self) -> Image.Image:
         return self.picture
@@ -244,7 +247,7 @@ def orientation_of(picture: Image.Image) -> int:
     """Look for the orientation of EXIF (or XMP), 1 to 8; 1 where there is none, or it is damaged."""
     with suppress(Exception):
         # A PNG's own getexif would decode it, to find what may stand behind the pixels
-        value = Image.Image.getexif(picture).get(ORIENTATION)
+        value = Image.Image.getexif(picture).get(ORIENTATION, 1)
         return value if value in range(1, 9) else 1
     return 1
 

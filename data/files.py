@@ -93,7 +93,7 @@ def fewer_kinds(left_out: Counter[str]) -> dict[str, int]:
     return kept
 
 
-def describe_kinds(left_out: dict[str, int]) -> str:
+def describe_kinds(left_out: Mapping[str, int]) -> str:
     """Say how many there are of each kind: ``2 .txt, 1 .heic``."""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count:,} {kind}" for kind, count in ranked[:KINDS_SHOWN]]

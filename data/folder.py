@@ -78,7 +78,7 @@ class FolderLayout(Layout):
                 counts.append(len(images))
                 sources += found.folders
                 left_out += found.left_out
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "labels": np.repeat(np.arange(len(classes), dtype=np.int32), counts),
             "names": np.frombuffer(b"".join(names), dtype=np.uint8),
             "ends": np.concatenate(ends),

@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 from pathlib import Path
+from typing import IO, cast
 
 from scipy.io import loadmat
 
@@ -103,7 +104,7 @@ def read_devkit(root: Path) -> tuple[dict[int, str], list[int], Path]:
                     continue
                 if member.size > MAX_DEVKIT_FILE:
                     raise ValueError(f"{name} is too large")
-                content = devkit.extractfile(member).read()
+                content = cast(IO[bytes], devkit.extractfile(member)).read()
                 if name == "meta.mat":
                     meta = content
                 else:

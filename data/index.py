@@ -94,7 +94,7 @@ class ImageIndex(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[bytes, int]:
+    def __getitem__(self, i: int) -> tuple[bytes, Any]:
         return self.read(i), int(self.labels[i])
 
     def __reduce__(self):  # a spawned worker maps the file itself instead of being sent the arrays
@@ -255,7 +255,7 @@ def _checksum(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
     for key, array in sorted(arrays.items()):
         digest.update(f"{key} {array.dtype} {array.shape}".encode())
-        digest.update(array)
+        digest.update(array.data)
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from data.build import open_images
 from data.dataset import read_item
 from data.decoding import BadImage, Decoding, decode_with_orientation, is_deep_grey, open_picture
-from data.index import Index, open_index
+from data.index import Index, Layout, open_index
 from data.layouts import find_layout
 from utils.errors import UserError
 from utils.processes import forked
@@ -112,8 +113,8 @@ def open_splits(config) -> tuple[dict[str, Index], list[str]]:
     if config.DATA.DATA_PATH and root.is_dir() and "/" not in layout:
         there = [split for split in there if find_layout(root, split, layout)]
     if there == ["train"]:
-        train = open_index(find_layout(root, "train", layout), config.DATA.CACHE_DIR)
-        return {"train": train}, train.classes
+        only = open_index(cast(Layout, find_layout(root, "train", layout)), config.DATA.CACHE_DIR)
+        return {"train": only}, only.classes
     train, val, classes = open_images(config, training=there != ["val"])
     return {"val": val} if train is None else {"train": train, "val": val}, classes
 
@@ -133,8 +134,8 @@ def inspect(index: Index, decoding: Decoding, workers: int, split: str) -> Inspe
     with forked(function, min(workers, len(chunks)), killed) as submit:
         tasks = [submit(chunk) for chunk in chunks]
         parts = with_progress((task.result() for task in tasks), split, len(index), lambda part: len(part[0]))
-        records, reasons, colours = zip(*parts, strict=True)
-    reasons = {i: reason for some in reasons for i, reason in some.items()}
+        records, of_chunks, colours = zip(*parts, strict=True)
+    reasons = {i: reason for some in of_chunks for i, reason in some.items()}
     return Inspection(index, np.concatenate(records), reasons, np.concatenate(colours))
 
 
@@ -191,18 +192,17 @@ def examine(index: Index, i: int, record: np.void, decoding: Decoding) -> tuple[
 
 def hash_of(data: bytes | Image.Image, decoding: Decoding) -> int:
     """Hash an image's bytes (or pixels, where it comes decoded) to 64 bits; 0 of nothing."""
-    content = data
     if isinstance(data, Image.Image):
         with open_picture(data, decoding.max_pixels) as picture:  # refuses what is not to be opened
-            content = picture.tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8]) if content else 0
+            data = picture.tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8]) if data else 0
 
 
 def oddities(picture: Image.Image, name: str) -> Iterator[str]:
     """Yield the kinds that an image's header tells of."""
     mode = picture.mode
     said = Image.registered_extensions().get(Path(name).suffix.lower())
-    found = {"MPO": "JPEG"}.get(picture.format, picture.format)  # a JPEG with a preview behind it
+    found = "JPEG" if picture.format == "MPO" else picture.format  # a JPEG with a preview behind it
     if said and found and said != found:
         yield "other_format"
     if mode == "CMYK":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     numbers: Tensor
 
 
-def _as_it_is(batch: HostBatch) -> HostBatch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -58,7 +58,7 @@ def stop_on_bad_image(line: str) -> None:
     raise UserError(f"image {line}; remove or mend it, or go on without it: --opts DATA.ON_BAD_IMAGE skip")
 
 
-_workers: "weakref.WeakSet[multiprocessing.Process]" = weakref.WeakSet()
+_workers: "weakref.WeakSet[multiprocessing.process.BaseProcess]" = weakref.WeakSet()
 """Loader processes of this one."""
 
 
@@ -82,10 +82,10 @@ def naming_dead_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        dead = next((worker for worker in _workers if worker.exitcode), None)
+        dead, status = next(((worker, worker.exitcode) for worker in _workers if worker.exitcode), (None, 0))
         if dead is None:
             raise
-        how = f"status {dead.exitcode}" if dead.exitcode > 0 else signal.Signals(-dead.exitcode).name
+        how = f"status {status}" if status > 0 else signal.Signals(-status).name
         raise UserError(
             f"a loader process has died (process {dead.pid}, {how}): for want of memory, perhaps; "
             "use a smaller DATA.NUM_WORKERS, and see what the system's log says"
@@ -155,6 +155,8 @@ class _Loader:
         others = set(multiprocessing.active_children())
         batches = iter(loader)
         _workers.update(set(multiprocessing.active_children()) - others)
+        images: Tensor | list[Tensor]
+        targets: Tensor | list[Tensor]
         for batch in batches:
             if isinstance(batch.images, list):
                 images, targets = ([torch.as_tensor(x) for x in some] for some in (batch.images, batch.targets))
@@ -176,6 +178,7 @@ class _Loader:
                 yield batch
 
     def _to_device(self, batch: HostBatch) -> Batch:
+        images: Tensor | list[Tensor]
         if isinstance(batch.images, list):
             images = [self.stage(x[None], [plan])[0] for x, plan in zip(batch.images, batch.plans, strict=True)]
             targets = [target.to(self.device, non_blocking=True) for target in batch.targets]

@@ -40,7 +40,8 @@ class TarPairLayout(Layout):
         return read_classes(self.root)
 
     def scan(self) -> Scan:
-        classes, rows, values, left_out = self.classes(""), [], [], Counter()
+        left_out: Counter[str] = Counter()
+        classes, rows, values = self.classes(""), [], []
         for number, path in enumerate(self.archives):
             for image, labels, found in read_pairs(path, left_out):
                 rows.append((number, *image, *labels))

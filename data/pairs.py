@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -127,7 +128,7 @@ class PairLayout(Layout):
         if self.table is not None:
             table[:] = VOID
             table[list(self.table)] = list(self.table.values())
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "labels": np.zeros(len(pairs), dtype=np.int32),
             "names": np.frombuffer(b"".join(names), dtype=np.uint8),
             "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
@@ -205,7 +206,7 @@ def in_folders(root: Path, split: str) -> PairLayout | None:
                     root,
                     f"{split}-pairs",
                     [images, labels],
-                    lambda images=images, labels=labels: same_names(root, images, labels),
+                    partial(same_names, root, images, labels),
                     lambda: read_classes(root),
                 )
     return None

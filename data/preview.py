@@ -1,6 +1,7 @@
 """What training makes of a few images, to look at."""
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from data.augmentation import (
     build_train_stage,
     build_train_transform,
 )
-from data.dataset import DecodeAndTransform, ImageDataset
+from data.dataset import DecodeAndTransform, ImageDataset, Sample
 from data.decoding import build_decoding, decode, tensor_to_pil
 from data.index import Index
 from data.sampling import epoch_order
@@ -51,7 +52,7 @@ class Preview:
             return None
         dataset = ImageDataset(index, DecodeAndTransform(self.transform, decoding), config.SEED, replace_bad=False)
         stage, evaluation = build_train_stage(config, self.device), build_eval_transform(config)
-        samples = {epoch: [dataset[epoch, i].sample for i in chosen] for epoch in (0, 1)}
+        samples = {epoch: [cast(Sample, dataset[epoch, i].sample) for i in chosen] for epoch in (0, 1)}
         images = {epoch: stage(torch.stack([s.image for s in x]), [s.plan for s in x]) for epoch, x in samples.items()}
         targets = torch.tensor([sample.target for sample in samples[0]], device=self.device)
         rows = {"as in evaluation": [tensor_to_pil(evaluation(decode(index[i][0], decoding))[0]) for i in chosen]}
@@ -94,7 +95,7 @@ def build_mixings(config, num_classes: int) -> dict[str, Callable]:
             else:
                 alone.AUG.MIXUP = 0.0
             title = f"{name} of epoch 0 with the next image ({percent:.0f} % of the {drawn_for})"
-            mixings[title] = build_mixing(alone, num_classes)
+            mixings[title] = cast(Callable, build_mixing(alone, num_classes))
     return mixings
 
 

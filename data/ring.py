@@ -39,7 +39,7 @@ class Slot(NamedTuple):
 
     ring: int
     block: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method of that name is not needed
 
     def images(self) -> Tensor:
         """View the images ``(B, 3, H, W)``, channels last, valid until the ring comes round to this block again."""

@@ -6,6 +6,7 @@ What is whole already is kept, and the same settings always give the same bytes.
 import fcntl
 import io
 import json
+import operator
 import os
 import tarfile
 import time
@@ -67,7 +68,7 @@ class Split(NamedTuple):
     """A part of the source, the folder that each class gets, and what becomes of the images."""
 
     name: str
-    index: Index
+    index: Index  # type: ignore[assignment]  # a tuple's method of that name is not needed
     folders: list[str]
     recipe: Recipe
 
@@ -80,8 +81,8 @@ class Made(NamedTuple):
     after: int = 0
     skipped: tuple[str, ...] = ()
 
-    def __add__(self, other: "Made") -> "Made":
-        return Made(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: "Made") -> "Made":  # type: ignore[override]
+        return Made(*map(operator.add, self, other))
 
 
 class Prepared(NamedTuple):
@@ -278,15 +279,15 @@ def shrink(data: bytes | Image.Image, recipe: Recipe) -> bytes:
     unless it is turned here, which happens to small ones too.
     """
     decoding, short_side = recipe.decoding, recipe.short_side
-    is_file = isinstance(data, bytes)
-    size = jpeg_size(data) if is_file else None
-    if is_file and not decoding.upright and (not short_side or (size and min(size[:2]) <= short_side)):
-        return data
+    encoded = data if isinstance(data, bytes) else None
+    size = jpeg_size(encoded) if encoded is not None else None
+    if encoded is not None and not decoding.upright and (not short_side or (size and min(size[:2]) <= short_side)):
+        return encoded
     pixels, orientation = decode_with_orientation(data, decoding)
     height, width = pixels.shape[1:]
     turned, larger = decoding.upright and orientation > 1, short_side and min(height, width) > short_side
-    if is_file and not turned and not larger:
-        return data
+    if encoded is not None and not turned and not larger:
+        return encoded
     if larger:
         pixels = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
     options: dict = {"quality": recipe.quality}

@@ -128,10 +128,10 @@ def read_images(path: Path, left_out: Counter[str]) -> list[TarredImage]:
             if is_image(name):
                 images[name] = member.offset_data, member.size
                 continue
-            key = _stem(name)
-            if key in labels:
-                raise UserError(f"{path} holds two labels of one image, {labels[key][0]} and {name}; remove one")
-            labels[key] = name, _class_number(file, member, path)
+            stem = _stem(name)
+            if stem in labels:
+                raise UserError(f"{path} holds two labels of one image, {labels[stem][0]} and {name}; remove one")
+            labels[stem] = name, _class_number(file, member, path)
     image_of: dict[str, str] = {}
     found = []
     for name, (offset, length) in images.items():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from PIL import Image
 from timm.data import create_dataset
@@ -43,7 +44,7 @@ class TimmIndex:
         numbers = getattr(self._reader, "class_to_idx", None) or getattr(self._dataset, "class_to_idx", None)
         if numbers:
             return sorted(numbers, key=numbers.get)
-        features = getattr(getattr(self._reader, "dataset", None), "features", None) or {}
+        features: Any = getattr(getattr(self._reader, "dataset", None), "features", None) or {}
         label = features.get(getattr(self._reader, "label_key", "label"))
         return list(label.names) if hasattr(label, "names") else None
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -183,14 +183,15 @@ class Checkpoints:
 
         if self._attempt(self.last, write):
             self._owed_last = None
-            self._unsaved_epochs.pop(kept_as, None)
+            if kept_as:
+                self._unsaved_epochs.pop(kept_as, None)
             return
         self._owed_last = content, kept_as
         if kept_as:
             self._unsaved_epochs[kept_as] = content
             for path in list(self._unsaved_epochs)[:-MOST_EPOCHS_IN_MEMORY]:
                 del self._unsaved_epochs[path]
-                self._outcomes.append(lambda unwritten, path=path: unwritten.give_up(path, "there was no space for it"))
+                self._outcomes.append(partial(Unwritten.give_up, path=path, what="there was no space for it"))
 
     def _true_of_best(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content of a save that speaks of no best weights but those on disk, and has better ones in itself."""
@@ -269,7 +270,7 @@ class Checkpoints:
                 os.replace(temporary, self.best)
 
         if self._best_is_owed() and self._attempt(self.best, write):
-            self._best_on_disk = self._best_weights.get(self._best_is)
+            self._best_on_disk = cast(float, self._best_weights.get(self._best_is))
         if not self.best.is_file():
             self._best_on_disk = NO_BEST
 
@@ -304,7 +305,7 @@ class Checkpoints:
         Raises:
             UserError: there are some, and all are damaged.
         """
-        damaged = []
+        damaged: list[str] = []
         for path in self.latest:
             if path.exists():
                 try:

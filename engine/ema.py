@@ -4,6 +4,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from config import Config
 from utils.compat import move_towards
 
 
@@ -11,7 +12,7 @@ class Ema(ModelEmaV3):
     """timm's moving average, which a step that was skipped leaves as it is, without the host knowing of the skip."""
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:
+    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:  # type: ignore[override]
         """Move towards ``model`` after ``step`` steps, if ``finite`` (0-d, 1 or 0) is 1."""
         averages, values = [], []
         for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
@@ -23,7 +24,7 @@ class Ema(ModelEmaV3):
         move_towards(averages, values, (1 - self.get_decay(step)) * finite)
 
 
-def build_ema(config, model: nn.Module) -> Ema | None:
+def build_ema(config: Config, model: nn.Module) -> Ema | None:
     """The moving average of the weights, its decay a function of the step; None without TRAIN.EMA_DECAY."""
     if not config.TRAIN.EMA_DECAY:
         return None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import output_dir
+from config import Config, output_dir
 from data.files import describe_left_out
 from data.loading import EvalLoader, describe_turned, naming_dead_workers
 from engine.model import check_image_size, compile_in_place, prepare_model, set_training_mode
@@ -66,7 +66,7 @@ def in_whole_batches(model: Callable[[Tensor], Tensor], batch_size: int) -> Call
     return ask
 
 
-def run_evaluation(config, device: torch.device, choose_task: Callable[..., Task] = build_task) -> None:
+def run_evaluation(config: Config, device: torch.device, choose_task: Callable[..., Task] = build_task) -> None:
     """``--eval``: evaluate the weights of MODEL.RESUME, and the moving average in it where there is one."""
     path = config.MODEL.RESUME
     with agreement():

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -90,8 +90,9 @@ def torch_export(source: Source, path: Path) -> Callable:
 def onnx(source: Source, path: Path) -> Callable:
     import onnxruntime
 
-    how = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"])
+    how: dict[str, Any] = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"])
     program = torch.onnx.export(source.graph(), (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
+    assert program is not None
     program.model.metadata_props.update(source.metadata())
     program.save(path, external_data=False)
     options = onnxruntime.SessionOptions()
@@ -137,7 +138,7 @@ def model_card(source: Source) -> str:
     return f"""---
 library_name: timm
 pipeline_tag: image-classification
-license: {trained.model.pretrained_cfg.get("license") or "mit"}
+license: {cast(Any, trained.model).pretrained_cfg.get("license") or "mit"}
 tags: [image-classification, timm{", crossformer" * ours}]
 ---
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from config import Config
 from engine.model import check_smallest_batch
 from engine.precision import Precision
 from engine.state import TrainState
@@ -30,7 +31,7 @@ def naming_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def parts_that_fit(config, task: Task, state: TrainState, precision: Precision) -> int:
+def parts_that_fit(config: Config, task: Task, state: TrainState, precision: Precision) -> int:
     """Into how many parts a micro-batch must be cut to fit, tried out on a synthetic one; nothing of ``state`` changes.
 
     The same for all ranks. A collective.

@@ -4,12 +4,14 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import Config
 from engine.precision import Precision
 from utils.compat import compile_ddp_whole, is_compiled
 from utils.distributed import world_size
@@ -19,19 +21,19 @@ from utils.parallel import unwrap
 from utils.randomness import seed_everything
 
 
-def prepare_model(config, build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def prepare_model(config: Config, build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
     """The model that a task builds with its initial weights, which depend on the seed alone, on the device."""
     seed_everything(device, config.SEED, "weights")
     model = build()
     if config.TRAIN.FREEZE_TRUNK:
         freeze_trunk(model)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def freeze_trunk(model: nn.Module) -> None:
     """Let the head alone be trained."""
     model.requires_grad_(False)
-    heads = model.get_classifier()
+    heads = cast(Any, model).get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):
         head.requires_grad_(True)
 
@@ -45,7 +47,7 @@ def set_training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def compile_in_place(config, model: nn.Module) -> None:
+def compile_in_place(config: Config, model: nn.Module) -> None:
     """Let torch.compile take over the model's forward (``TRAIN.COMPILE``); its state-dict keys stay.
 
     It is compiled for one size of batch in training and one in evaluation, so both must keep to it.
@@ -85,14 +87,15 @@ def check_image_size(model: nn.Module, image_size: int | Sequence[int], device: 
         error = failure(height_and_width(image_size))
         if error is None:
             return
-        own, shown = model.pretrained_cfg["input_size"][1:], describe_size(image_size)
+        cfg: Any = model.pretrained_cfg
+        own, shown = cfg["input_size"][1:], describe_size(image_size)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         refused = f"DATA.IMG_SIZE {shown}: the model does not take it: {reason}"
         if failure(own) is not None:  # it was built for another size still
             raise UserError(refused) from error
         raise UserError(
             f"{refused}; it takes {describe_size(own)}"
-            f"{_another_size(image_size) if model.pretrained_cfg.get('fixed_input_size') else ''}"
+            f"{_another_size(image_size) if cfg.get('fixed_input_size') else ''}"
         ) from error
     finally:
         model.train(was_training)
@@ -136,7 +139,7 @@ def _count(twin: nn.Module, batch_size: int, image_size: int | Sequence[int]) ->
     return counter.get_total_flops() / 2e9 / batch_size
 
 
-def describe_model(config, model: nn.Module, gmac: float, precision: Precision) -> str:
+def describe_model(config: Config, model: nn.Module, gmac: float, precision: Precision) -> str:
     """For the first line of a run: the model, what it costs, and on what it is trained."""
     device = precision.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -152,7 +155,7 @@ def describe_gmac(gmac: float, image_size: int | Sequence[int]) -> str:
     return f"{'unknown' if math.isnan(gmac) else f'{gmac:.3g}'} GMAC at {describe_size(image_size)}"
 
 
-def check_smallest_batch(config, model: nn.Module, images: int) -> None:
+def check_smallest_batch(config: Config, model: nn.Module, images: int) -> None:
     """Find out whether the model can be trained on batches of so many ``images``, without computing anything.
 
     Raises:

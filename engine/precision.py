@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from config import Config
 from utils.errors import UserError
 
 TF32_SINCE = (8, 0)
@@ -37,7 +38,7 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
 
-def choose_precision(config, device: torch.device) -> Precision:
+def choose_precision(config: Config, device: torch.device) -> Precision:
     """What ``config.AMP`` means on this device; tells torch whether it may use TF32 there."""
     precision = _precision(config, device)
     if device.type == "cuda":
@@ -46,7 +47,7 @@ def choose_precision(config, device: torch.device) -> Precision:
     return precision
 
 
-def _precision(config, device: torch.device) -> Precision:
+def _precision(config: Config, device: torch.device) -> Precision:
     on_gpu = device.type == "cuda"
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     match config.AMP:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from config import output_dir
+from config import Config, output_dir
 from data.loading import TrainLoader
 from engine.checkpoints import Checkpoints
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
@@ -55,9 +55,10 @@ def read_on_main(path: str | Path) -> dict[str, Any]:
     return from_main(content)
 
 
-def look_after_files(config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader) -> list[str]:
+def look_after_files(config: Config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader) -> list[str]:
     """See that the files exist of which the state of a run speaks that is carried on; returns lines that say more."""
-    before, lines = state.best, []
+    before = state.best
+    lines: list[str] = []
     if is_main():
         state.best, lines = checkpoints.know_best(before, state.carried.get("owed_best"))
         if config.TRAIN.KEEP_EVERY_EPOCHS and state.carried.get("global_batch") == loader.global_batch:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from config import Config
 from data.loading import Batch, describe_turned
 from engine.checkpoints import Checkpoints
 from engine.evaluate import evaluate
@@ -35,7 +36,7 @@ class Run:
 
     def __init__(
         self,
-        config,
+        config: Config,
         task: Task,
         loaders: Loaders,
         state: TrainState,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from config import default_config, differing_settings, flatten, may_change, must_stay, settings_in
+from config import Config, default_config, differing_settings, flatten, may_change, must_stay, settings_in
 from engine import validation
 from engine.ema import Ema
 from models import load_weights
@@ -132,7 +132,7 @@ class TrainState:
             broadcast_from_main(buffer)
 
 
-def check_resumable(content: dict[str, Any], path: Path, config, images: int, same_run: bool) -> list[str]:
+def check_resumable(content: dict[str, Any], path: Path, config: Config, images: int, same_run: bool) -> list[str]:
     """Refuse a checkpoint from which this run cannot carry on, unless TRAIN.FORCE_RESUME says so.
 
     Args:

@@ -1,7 +1,7 @@
 """One optimizer step: forward, loss, backward, clip and update. It exists once, here."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class TrainStep:
     def accumulate(self, step: int, micro_batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
         """Add up the gradients of the next micro-batches; returns the loss and its terms."""
         device, last = self.precision.device, self.accumulation - 1
-        total, terms = torch.zeros((), device=device), {}
+        total = torch.zeros((), device=device)
+        terms: dict[str, Tensor] = {}
         begin_step(self.model)
         for micro_step in range(self.accumulation):
             batch = next(micro_batches)
@@ -105,5 +106,5 @@ class TrainStep:
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
     """The samples of a batch in so many batches."""
-    pieces = (tensor.tensor_split(parts) for tensor in batch)
+    pieces = (tensor.tensor_split(parts) for tensor in cast(tuple[Tensor, ...], batch))
     return [batch] if parts == 1 else [Batch(*piece) for piece in zip(*pieces, strict=True)]

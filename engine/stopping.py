@@ -212,8 +212,8 @@ class StopRequest:
     def _guard(self) -> None:
         first, ending = None, False
         while True:
-            waits = first is not None and not ending and not self._answered.is_set()
-            left = max(0.0, first + PATIENCE_SECONDS - time.monotonic()) if waits else None
+            waits = not ending and not self._answered.is_set()
+            left = max(0.0, first + PATIENCE_SECONDS - time.monotonic()) if first is not None and waits else None
             if not select.select([self._wake_up], [], [], left)[0]:
                 if not self._answered.is_set():
                     ending = True

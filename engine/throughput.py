@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from config import output_dir
+from config import Config, output_dir
 from engine.model import (
     check_smallest_batch,
     compile_in_place,
@@ -35,7 +35,7 @@ SECONDS_PER_REPEAT = 0.5
 TRAIN_STEP_MACS = 3  # a backward pass computes two products for each one of the forward pass
 
 
-def run_throughput(config, device: torch.device) -> dict:
+def run_throughput(config: Config, device: torch.device) -> dict:
     """``--throughput``: time the forward pass and the training step; prints a table, appends to throughput.json."""
     if world_size() > 1:
         raise UserError("--throughput times one device: start it without torchrun")

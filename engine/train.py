@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from config import output_dir
+from config import Config, output_dir
 from data import fingerprint
 from data.files import describe_left_out
 from data.loading import naming_dead_workers
@@ -40,7 +40,7 @@ from utils.watchdog import Watchdog
 
 
 def train(
-    config,
+    config: Config,
     device: torch.device,
     stop: StopRequest | None = None,
     choose_task: Callable[..., Task] = build_task,

@@ -45,7 +45,8 @@ def optimizer_state(saved: Any, optimizer: Optimizer, path: str | Path) -> dict[
     if not state.keys() <= set(range(len(parameters))):
         stranger = next(key for key in state if key not in range(len(parameters)))
         fail(path, "optimizer state", f"parameters below {len(parameters):,} only", stranger)
-    kept, seen = kept_for_a_parameter(optimizer), set()
+    kept = kept_for_a_parameter(optimizer)
+    seen: set[int] = set()
     loaded = {
         i: _of_parameter(state[i], parameter, kept, seen, f"optimizer state[{i}]", path)
         for i, parameter in enumerate(parameters)

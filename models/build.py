@@ -2,7 +2,7 @@
 
 import inspect
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -161,6 +161,6 @@ def recompute(model: nn.Module, name: str, how: str) -> None:
     if how == "selective" and not isinstance(model, CrossFormer):
         raise UserError(f"TRAIN.USE_CHECKPOINT selective: MODEL.NAME {name} is no CrossFormer; use full or none")
     try:
-        model.set_grad_checkpointing(True, **({"selective": True} if how == "selective" else {}))
+        cast(Any, model).set_grad_checkpointing(True, **({"selective": True} if how == "selective" else {}))
     except (AssertionError, AttributeError) as error:
         raise UserError(f"MODEL.NAME {name} cannot recompute: set TRAIN.USE_CHECKPOINT none") from error

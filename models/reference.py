@@ -7,6 +7,7 @@ Sources: CrossFormer, arXiv 2108.00154; CrossFormer++, arXiv 2303.06908.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,9 @@ class DynamicPositionBias(nn.Module):
 
 class Attention(nn.Module):
     """Equation 1: softmax(Q K^T / sqrt(d) + B) V within each group."""
+
+    offsets: Tensor
+    index: Tensor
 
     def __init__(self, dim: int, num_heads: int, group_size: int):
         super().__init__()
@@ -102,7 +106,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads, group_size)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if acl else None
-        self.ex_ln = nn.LayerNorm(dim) if acl else None
+        self.ex_ln: Any = nn.LayerNorm(dim) if acl else None
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim)

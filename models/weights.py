@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -76,7 +76,7 @@ def load_weights(
         notes += _left_out("which the model has no use for", beside)
         weights = {key: value for key, value in weights.items() if key not in unused}
     own = model.state_dict()
-    heads = _heads(model.pretrained_cfg["classifier"])
+    heads = _heads(cast(Any, model).pretrained_cfg["classifier"])
     head = tuple(f"{name}." for name in heads)
     classes_in_file = _rows(weights.get(f"{heads[0]}.weight"))
     new_head = classes_in_file != model.num_classes
@@ -153,7 +153,8 @@ def classes_in(state_dict: dict[str, Tensor], name: str) -> int | None:
     """How many classes the weights of timm's model ``name`` tell apart; None when they have no head."""
     if not timm.is_model(name):
         return None
-    for head in (_heads(timm.get_pretrained_cfg(name).classifier)[0], *HEADS):
+    cfg = timm.get_pretrained_cfg(name)  # not every model has one
+    for head in (*(_heads(cfg.classifier)[:1] if cfg and cfg.classifier else ()), *HEADS):
         weights = _unwrapped(state_dict, f"{head}.weight")
         if weights:
             return _rows(weights[f"{head}.weight"])
@@ -224,7 +225,7 @@ def _prefix(state_dict: dict[str, Tensor], own: dict[str, Tensor], source: str) 
             if not start:
                 break
     if max(found.values(), default=0) < len(own) / 2:  # the names are others, but a wrapper's prefix is the same
-        wrappers = {WRAPPERS.match(key)[0] for key in state_dict}
+        wrappers = {match[0] for key in state_dict if (match := WRAPPERS.match(key))}
         return wrappers.pop() if len(wrappers) == 1 else ""
     most = [prefix for prefix, count in found.items() if count == max(found.values())]
     likely = [prefix for prefix in most if WRAPPERS.fullmatch(prefix)] or most
@@ -307,9 +308,9 @@ def _keys_of(state_dict: Iterable[str], own: Iterable[str]) -> str:
 def _shape(weights: dict[str, Tensor]) -> tuple[int, list[int]] | None:
     """Channels of the first stage and blocks of each, if these are a CrossFormer's weights."""
     norm = weights.get(EMBEDDING)
-    if _rows(norm) is None:
+    if norm is None or _rows(norm) is None:
         return None
-    depths = []
+    depths: list[int] = []
     while any(key.startswith(f"layers.{len(depths)}.") for key in weights):
         prefix = f"layers.{len(depths)}.blocks."
         blocks = [int(key[len(prefix) :].split(".")[0]) for key in weights if re.match(rf"{prefix}\d{{1,4}}\.", key)]
@@ -320,6 +321,6 @@ def _shape(weights: dict[str, Tensor]) -> tuple[int, list[int]] | None:
 def _advice(weights: dict[str, Tensor]) -> str:
     """Which variant the weights belong to, if one of ours."""
     shape, name = _shape(weights), variant_of(weights)
-    if name:
+    if shape and name:
         return f"; it holds {name} (embed_dim {shape[0]}): set MODEL.NAME {name}"
     return f"; it has embed_dim {shape[0]} and depths {shape[1]}" if shape else ""

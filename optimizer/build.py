@@ -1,6 +1,7 @@
 """From a config and a model to an optimizer."""
 
 import math
+from typing import Any, cast
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -26,10 +27,11 @@ def parameter_groups(
     With a ``layer_decay`` below 1 there are two such groups for each layer (as ``model.group_matcher()`` counts them),
     whose ``lr_scale`` is ``layer_decay`` to the number of layers above it.
     """
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    exempt = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     if layer_decay != 1:
         return param_groups_layer_decay(model, weight_decay, exempt, layer_decay=layer_decay)
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_exempt = {

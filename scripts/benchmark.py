@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
-    network, files, size, common = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    network, files, size, common = (Parser(add_help=False) for _ in range(4))
     network.add_argument(
         "--models", nargs="+", metavar="NAME", help="variants, plain_VARIANT, swin_tiny, ... of timm; upernet/swin_tiny"
     )
@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size.add_argument("--megabytes", type=int, default=300, metavar="N", help="size of the checkpoint")
     common.add_argument("--output", type=a_path, default=Path("output"), metavar="DIR", help="where figures are")
 
-    def add(name: str, about: str, *options: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(name: str, about: str, *options: Parser) -> Parser:
         added = what.add_parser(name, help=about, parents=[*options, common], allow_abbrev=False)
         if name != "report":
             added.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each")

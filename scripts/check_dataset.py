@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import PIXELS, build_config
+from config import PIXELS, Config, build_config
 from data.decoding import build_decoding
 from data.files import describe_left_out
 from data.inspection import inspect, make_report, open_splits
@@ -51,29 +51,49 @@ def check(arguments: list[str]) -> int:
     given = parse(arguments)
     flags = [("DATA.DATA_PATH", given.data_path, "--data-path")] if given.data_path is not None else []
     config = build_config(given.cfg, given.opts, flags)
-    segments = config.TASK == PIXELS
-    indexes, classes = (open_pair_splits if segments else open_splits)(config)
-    preview, decoding = None if segments else Preview(config, len(classes)), build_decoding(config)
+    return (check_pairs if config.TASK == PIXELS else check_images)(config, given)
+
+
+def check_images(config: Config, given: Namespace) -> int:
+    """Check images of classes; returns the exit status."""
+    indexes, classes = open_splits(config)
+    preview = Preview(config, len(classes))
+    make_folder(given.output)
+    splits = {name: inspect(index, build_decoding(config), given.workers, name) for name, index in indexes.items()}
+    first = next(iter(splits.values()))
+    report = make_report(config, splits, classes)
+    return finish(given, report, describe_left_out(indexes), preview.draw(first.index, first.decoded(), classes))
+
+
+def check_pairs(config: Config, given: Namespace) -> int:
+    """Check images with label maps; returns the exit status."""
+    indexes, classes = open_pair_splits(config)
+    make_folder(given.output)
+    images = {name: ImagesAlone(index) for name, index in indexes.items()}
+    splits = {name: inspect(index, build_decoding(config), given.workers, name) for name, index in images.items()}
+    report = make_report(config, splits, ["image"])
+    for name, index in indexes.items():
+        counts = count_pixels(config, index, classes, given.workers, name)
+        report["splits"][name] |= describe_pixels(counts, classes)
+    show(pixel_table(report, classes))
+    return finish(given, report, describe_left_out(indexes), draw_pairs(config, next(iter(indexes.values())), classes))
+
+
+def make_folder(folder: Path) -> None:
+    """See that results can be written: after an hour of checking it would be late to find out."""
+    with writing(folder, REMEDY):
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+
+
+def finish(given: Namespace, report: dict, left_out: str, drawn: bytes | None) -> int:
+    """Write and print all that was found; returns the exit status."""
     file, sheet = given.output / "report.json", given.output / "augmentations.png"
     with writing(given.output, REMEDY):
-        given.output.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=given.output).close()  # after an hour of checking it would be late to find out
-    images = {name: ImagesAlone(index) if segments else index for name, index in indexes.items()}
-    splits = {name: inspect(index, decoding, given.workers, name) for name, index in images.items()}
-    report = make_report(config, splits, ["image"] if segments else classes)
-    if segments:
-        for name, index in indexes.items():
-            counts = count_pixels(config, index, classes, given.workers, name)
-            report["splits"][name] |= describe_pixels(counts, classes)
-    first, index = next(iter(splits.values())), next(iter(indexes.values()))
-    with writing(given.output, REMEDY):
         write_whole(file, json.dumps(report, indent=1).encode())
-        drawn = draw_pairs(config, index, classes) if segments else preview.draw(index, first.decoded(), classes)
         if drawn:
             write_whole(sheet, drawn)
-    if segments:
-        show(pixel_table(report, classes))
-    print_report(report, describe_left_out(indexes), file, sheet if drawn else None)
+    print_report(report, left_out, file, sheet if drawn else None)
     return 0 if report["sound"] else 1
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / ("val" if i % VAL_EVERY == 0 else "train") / str(label) / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.uint8(pixels * 255 / 16)).save(path)
+        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).save(path)
     print(f"{len(digits.images):,} images in {folder}")
 
 

@@ -67,6 +67,7 @@ def prepare(arguments: list[str]) -> None:
     config = build_config(opts=opts)
     recipe = Recipe(build_decoding(config), given.short_side, given.quality, given.on_bad_image == "skip")
     train, val, classes = (open_pairs if given.task == PIXELS else open_images)(config, training=True)
+    assert train is not None
     folders = folders_of(classes, given.zip)
     splits = [Split(name, index, folders, recipe) for name, index in (("train", train), ("val", val))]
     settings = {
@@ -92,8 +93,8 @@ def prepare(arguments: list[str]) -> None:
         for line in total.skipped:
             print(f"left out: {printable(line)}")
         print(f"{split.name}: {total.images:,} images written now, {decimal(total.before)} -> {decimal(total.after)}")
-    recipe = "segmentation/upernet_small" if given.task == PIXELS else "small"
-    print(f"\nTrain on it:\n    python main.py --cfg configs/{recipe}.yaml --data-path {given.out}")
+    name = "segmentation/upernet_small" if given.task == PIXELS else "small"
+    print(f"\nTrain on it:\n    python main.py --cfg configs/{name}.yaml --data-path {given.out}")
 
 
 main = partial(run_command, prepare, stopped="stopped; the same command carries on")

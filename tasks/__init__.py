@@ -1,11 +1,13 @@
 """What is learned. A task is one file that answers the questions of :class:`Task`; :func:`build_task` chooses it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from config import Config
 from data.loading import Batch, EvalLoader, TrainLoader
 from utils.errors import UserError
 
@@ -21,7 +23,7 @@ class Loaders(NamedTuple):
 class Evaluator(Protocol):
     """Collects what a model answers; the result is exact on any number of processes and with any batch size."""
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
+    def add(self, model: Callable[[Tensor], Tensor], batch: Batch) -> None:
         """Take the model's answers to a batch of this rank."""
 
     def result(self) -> dict[str, float]:
@@ -84,7 +86,7 @@ class Task(Protocol):
         """Give ``model`` the weights in a checkpoint to begin with; returns lines for the log."""
 
 
-def build_task(config, device: torch.device) -> Task:
+def build_task(config: Config, device: torch.device) -> Task:
     """The task that ``config.TASK`` names, for a device."""
     match config.TASK:
         case "classification":

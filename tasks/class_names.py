@@ -80,15 +80,15 @@ def number_as_the_model(
     if known is None or known == classes:
         return index, classes, set()
     if not isinstance(index, ImageIndex):  # where it does not name its classes, their numbers are the model's
-        return index, known if index.classes is None else classes, set()
+        return index, known if getattr(index, "classes", None) is None else classes, set()
     present = classes
     if as_ids(known) == IMAGENET and set(present) == NUMBERS:  # fewer of them are most likely something else
         known, present = IMAGENET, [IMAGENET[int(number)] for number in present]
     if not set(present) <= set(known):
-        ids = as_ids(known), as_ids(present)
-        if None in ids or not set(ids[1]) <= set(ids[0]):
+        known_ids, present_ids = as_ids(known), as_ids(present)
+        if known_ids is None or present_ids is None or not set(present_ids) <= set(known_ids):
             return index, classes, set()
-        known, present = ids  # words in one place, WordNet ids in the other
+        known, present = known_ids, present_ids  # words in one place, WordNet ids in the other
     if len(set(known)) < len(known):
         twice = next(name for name in known if known.count(name) > 1)
         raise UserError(f"{path}: two of its classes are called {twice!r}, so that the data's cannot be told apart")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import five_crop
 
+from config import Config
 from data.augmentation import (
     DeviceStage,
     augments_on_device,
@@ -50,7 +51,7 @@ class Classification:
 
     best_is, best_title = "top1", "top-1"
 
-    def __init__(self, config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.classes: list[str] = []
         self._mix: Callable | None = None
@@ -68,6 +69,7 @@ class Classification:
     def train_loaders(self) -> Loaders:
         config = self.config
         train, val, self.classes = open_images(config, training=True)
+        assert train is not None
         check_num_classes(config, self.classes)
         keep_in_memory(config, train, val)
         on_device = augments_on_device(config, self.device)
@@ -85,10 +87,10 @@ class Classification:
         self, content: dict[str, Any], weights: dict[str, Tensor], path: str
     ) -> tuple[EvalLoader, list[str]]:
         config = self.config
-        _, val, there = open_images(config, training=False)
+        _, images, there = open_images(config, training=False)
         check_num_classes(config, there)
-        keep_in_memory(config, val)
-        val, self.classes, present = number_as_the_model(val, there, content, weights, config.MODEL.NAME, path)
+        keep_in_memory(config, images)
+        val, self.classes, present = number_as_the_model(images, there, content, weights, config.MODEL.NAME, path)
         self.check(content, path)
         lines = [line for line in [prepared_otherwise(content, config, path)] if line]
         if self.classes != there:
@@ -122,12 +124,13 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy with label smoothing, which mixed targets ``(B, classes)`` carry already."""
+        targets = cast(Tensor, batch.targets)
         criterion = (
             SoftTargetCrossEntropy()
-            if batch.targets.is_floating_point()
+            if targets.is_floating_point()
             else LabelSmoothingCrossEntropy(self.config.MODEL.LABEL_SMOOTHING)
         )
-        return criterion(model(batch.images), batch.targets), {}
+        return criterion(model(batch.images), targets), {}
 
     # ---- evaluation
 
@@ -188,8 +191,9 @@ class Accuracy:
         self.views, self.among, self.real, self.tables = views, among, real, tables
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
-        answers, targets = [model(view).float() for view in self.views(batch.images)], batch.targets
+    def add(self, model: Callable[[Tensor], Tensor], batch: Batch) -> None:
+        images, targets = cast(Tensor, batch.images), cast(Tensor, batch.targets)
+        answers = [model(view).float() for view in self.views(images)]
         if self.among is not None:
             answers = [logits.masked_fill(~self.among, -math.inf) for logits in answers]
         logits = mean_of_probabilities(answers)
@@ -218,10 +222,11 @@ class Accuracy:
         return {}
 
     def write(self, folder: Path) -> str:
+        assert self.tables is not None
         return self.tables.write(folder)
 
 
-def build_views(config) -> Views:
+def build_views(config: Config) -> Views:
     """The views that ``TEST.VIEWS`` names, over whose probabilities an evaluation averages."""
     size = list(height_and_width(config.DATA.IMG_SIZE))
     return {

@@ -32,7 +32,7 @@ def colours(count: int) -> np.ndarray:
         colorsys.hsv_to_rgb(0.02 + i * GOLDEN % 1, (0.85, 0.6, 0.95)[i // 5 % 3], (0.95, 0.8, 0.6)[i // 3 % 3])
         for i in range(count)
     ]
-    return np.uint8(np.round(255 * np.array(chosen)))
+    return np.round(255 * np.array(chosen)).astype(np.uint8)
 
 
 def shares(labels: np.ndarray, classes: list[str]) -> list[Share]:
@@ -47,7 +47,7 @@ def painted(image: Image.Image, labels: np.ndarray, count: int) -> Image.Image:
     table = np.zeros((VOID + 1, 3), np.uint8)
     table[:count] = colours(count)
     photograph = np.asarray(image.convert("RGB"), np.float32)
-    return Image.fromarray(np.uint8((1 - STRENGTH) * photograph + STRENGTH * table[labels] + 0.5))
+    return Image.fromarray(((1 - STRENGTH) * photograph + STRENGTH * table[labels] + 0.5).astype(np.uint8))
 
 
 def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:

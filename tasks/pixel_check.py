@@ -126,7 +126,7 @@ def preview(config, index: LabelMaps, classes: list[str]) -> bytes:
 
 def picture_of(config, sample: Sample | None, count: int) -> Image.Image:
     """Paint the label map of a training sample over its image, padding as the model sees it."""
-    if sample is None:
+    if sample is None or not isinstance(sample.target, torch.Tensor):
         raise UserError("no image of the training data can be decoded")
     mean, std = (torch.tensor(x)[:, None, None] for x in (config.DATA.MEAN, config.DATA.STD))
     seen = DeviceStage(torch.device("cpu"), config.DATA.MEAN, config.DATA.STD)(sample.image[None], [sample.plan])[0]

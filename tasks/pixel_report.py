@@ -120,9 +120,9 @@ def write_report(
         matrix = ([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
         write_csv(folder / "confusion_matrix.csv", ["true class", *classes], matrix)
         draw(folder / "report.png", confusion, classes, worst, found)
-        rows = {f"{100 * seen.iou:.1f} %  {names[seen.number]}": seen.pictures for seen in low}
+        lowest = {f"{100 * seen.iou:.1f} %  {names[seen.number]}": seen.pictures for seen in low}
         title = "the images with the lowest mean IoU of their classes"
-        (folder / "lowest.png").write_bytes(draw_rows(rows, COLUMNS, title, len(COLUMNS), CELL))
+        (folder / "lowest.png").write_bytes(draw_rows(lowest, COLUMNS, title, len(COLUMNS), CELL))
     except OSError as problem:
         raise UserError(f"{folder} cannot be written: {reason_of(problem)}; choose another --output") from problem
     return f"{line}  -> {folder}"

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import Config
 from data.augmentation import DeviceStage, Plan
 from data.augmentation.pairs import VOID, PairTransform, build_pair_transform
 from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory, open_pairs
@@ -17,13 +18,13 @@ from data.dataset import Sample
 from data.decoding import BadImage, Decoding, build_decoding, decode_with_orientation
 from data.loading import Batch, EvalLoader
 from data.pairs import LabelMaps, decode_labels
-from models import build_segmenter, load_segmenter
+from models import Segmenter, build_segmenter, load_segmenter
 from models.heads.layers import resize
 from tasks import Loaders
 from tasks.class_names import named_classes
 from tasks.miou import confusion_matrix, scores, zeros
 from tasks.pixel_report import Album, write_report
-from tasks.whole_image import WholeImage, build_whole_image
+from tasks.whole_image import Ask, WholeImage, build_whole_image
 from utils import checkpoint
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
@@ -70,7 +71,7 @@ class Segmentation:
 
     best_is, best_title = "miou", "mIoU"
 
-    def __init__(self, config, device: torch.device):
+    def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.classes: list[str] = []
         self._names: Callable[[int], str] = str
@@ -86,6 +87,7 @@ class Segmentation:
     def train_loaders(self) -> Loaders:
         config = self.config
         train, val, self.classes = open_pairs(config, training=True)
+        assert train is not None
         check_num_classes(config, self.classes)
         keep_in_memory(config, train, val)
         tables = {
@@ -129,9 +131,8 @@ class Segmentation:
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy of each head, averaged over all pixels, those that are void included."""
         weights = {"decode": 1.0, "aux": self.config.MODEL.AUX_WEIGHT}
-        terms = {
-            name: weights[name] * cross_entropy(logits, batch.targets) for name, logits in model(batch.images).items()
-        }
+        targets = cast(Tensor, batch.targets)
+        terms = {name: weights[name] * cross_entropy(logits, targets) for name, logits in model(batch.images).items()}
         return torch.stack([*terms.values()]).sum(), terms
 
     # ---- evaluation
@@ -155,7 +156,7 @@ class Segmentation:
     def start_from(self, model: nn.Module, content: dict[str, Any], path: str) -> list[str]:
         which, weights = checkpoint.choose(checkpoint.weights_in(content, path), self.config.MODEL.WEIGHTS, path)
         average = ", of the moving average in it" if which == "ema" else ""
-        line, *notes = load_segmenter(model, weights, path)
+        line, *notes = load_segmenter(cast(Segmenter, model), weights, path)
         return [f"starting from {path}{average}: {line}", *notes]
 
 
@@ -192,7 +193,7 @@ class MeanIoU:
         self.classes, self.whole, self.album, self.name = classes, whole, album, name
         self.confusion, self.images = zeros(len(classes), device), 0
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
+    def add(self, model: Ask, batch: Batch) -> None:
         for number, image, labels in zip(batch.numbers.tolist(), batch.images, batch.targets, strict=True):
             answers = self.whole.classes(model, image, tuple(labels.shape))
             confusion = confusion_matrix(answers, labels, len(self.classes))
@@ -227,7 +228,7 @@ class MeanIoU:
 # ---- label maps
 
 
-def label_table(config, index: LabelMaps, num_classes: int) -> np.ndarray:
+def label_table(config: Config, index: LabelMaps, num_classes: int) -> np.ndarray:
     """Give the table ``(256,)`` uint8 from numbers in an index's label maps to classes, or VOID.
 
     Raises:
@@ -245,7 +246,7 @@ def label_table(config, index: LabelMaps, num_classes: int) -> np.ndarray:
     known = np.zeros(len(table), dtype=bool)
     known[first : num_classes + first] = known[void] = True
     known[:first] = True
-    for value in np.flatnonzero(index.occurring() & ~known):
+    for value in np.flatnonzero(index.occurring() & ~known).tolist():
         hint = "; if 0 is void there, as in ADE20K, set DATA.ZERO_IS_VOID True" if value == num_classes else ""
         raise UserError(
             f"label map {index.first_with(value)} has the number {value}, which is neither one of the {num_classes} "
@@ -257,7 +258,7 @@ def label_table(config, index: LabelMaps, num_classes: int) -> np.ndarray:
     return table
 
 
-def never_occurring(config, index: LabelMaps, table: np.ndarray, classes: list[str]) -> str:
+def never_occurring(config: Config, index: LabelMaps, table: np.ndarray, classes: list[str]) -> str:
     """Name the classes of which no label map has a pixel; empty where there are none."""
     present = set(table[index.occurring()].tolist())
     missing = [name for i, name in enumerate(classes) if i not in present]

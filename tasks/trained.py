@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
-from yacs.config import CfgNode
 
-from config import CROSSFORMERS, PIXELS, build_config, default_config, flatten, settings_in
+from config import CROSSFORMERS, PIXELS, Config, build_config, default_config, flatten, settings_in
 from models import build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.weights import check_size, classes_in, segmenter_classes, variant_of
@@ -45,7 +44,7 @@ class TrainedModel(NamedTuple):
     """
 
     model: nn.Module
-    config: CfgNode
+    config: Config
     classes: list[str]
     facts: dict[str, Any]
     notes: list[str]
@@ -78,14 +77,15 @@ def load_trained(
         check_size(config, num_classes, state_dict, path)
     model = (build_segmenter if segments else build_model)(config, num_classes)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
-    facts = {key: known[key] for key in ("step", "epoch", "top1", "top5", "miou", "loss", "images") if key in known}
+    told = ("step", "epoch", "top1", "top5", "miou", "loss", "images")
+    facts: dict[str, Any] = {key: known[key] for key in told if key in known}
     facts["weights"] = which
-    model.to(device, memory_format=torch.channels_last).eval()
+    model.to(device).to(memory_format=torch.channels_last).eval()
     classes = in_words(named_classes(content, num_classes, path), num_classes)
     return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
 
 
-def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> CfgNode:
+def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> Config:
     saved = content.get("config")
     timms = content["timm"] if os.path.isdir(path) else {}
     settings: list[tuple[str, Any, str]] = []
@@ -108,7 +108,8 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
             raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
         if segmenter_classes(weights) is None:
-            settings += preparation_of({"pretrained_cfg": timm.get_pretrained_cfg(found).to_dict()}, path)
+            cfg = timm.get_pretrained_cfg(found)  # not every model has one
+            settings += preparation_of({"pretrained_cfg": cfg.to_dict()} if cfg else {}, path)
         else:
             head = "semantic_fpn" if any("neck." in key for key in weights) else "upernet"
             settings += [("TASK", PIXELS, path), ("MODEL.HEAD", head, path)]
@@ -152,7 +153,7 @@ def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str
     return [(key, value, path) for key, value in settings.items()]
 
 
-def prepared_otherwise(content: dict, config: CfgNode, path: str) -> str:
+def prepared_otherwise(content: dict, config: Config, path: str) -> str:
     """A line that names what of the settings differs from how a checkpoint's images were prepared; else empty."""
     saved, there = content.get("config"), {}
     if isinstance(saved, str):

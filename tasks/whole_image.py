@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from config import Config
 from data.augmentation.pairs import brought_within
 from models.heads.layers import resize
 
@@ -40,7 +41,7 @@ class WholeImage:
         self.bounds, self.multiple, self.scales, self.flip = bounds, multiple, scales, flip
         self.window, self.stride = window, stride
 
-    def __call__(self, ask: Ask, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def __call__(self, ask: Ask, image: Tensor, size: tuple[int, ...]) -> Tensor:
         """Give the logits ``(classes, *size)`` of an image ``(3, H, W)``, float on the device."""
         views = list(self._views(image))
         if len(views) == 1:
@@ -51,7 +52,7 @@ class WholeImage:
             mean = mean.to(probabilities) + (probabilities.flip(-1) if mirrored else probabilities) / len(views)
         return mean.log()
 
-    def classes(self, ask: Ask, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def classes(self, ask: Ask, image: Tensor, size: tuple[int, ...]) -> Tensor:
         """Give each pixel's class, ``(*size)`` int64: the largest of the logits.
 
         Of a single view a few classes are resized at a time: those of all would take gigabytes of a large photograph.
@@ -102,8 +103,9 @@ def starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def build_whole_image(config) -> WholeImage:
+def build_whole_image(config: Config) -> WholeImage:
     """Build what TEST asks for."""
     test = config.TEST
     stride = test.STRIDE or max(1, round(2 * test.WINDOW / 3))
-    return WholeImage(tuple(test.RESIZE), test.MULTIPLE, tuple(test.SCALES), test.VIEWS == "flip", test.WINDOW, stride)
+    bounds = test.RESIZE[0], test.RESIZE[1]
+    return WholeImage(bounds, test.MULTIPLE, tuple(test.SCALES), test.VIEWS == "flip", test.WINDOW, stride)

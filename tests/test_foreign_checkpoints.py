@@ -258,6 +258,18 @@ def test_names_that_authors_gave_become_timms():
     assert classes_in(renamed, "convnext_atto") == 3
 
 
+def test_a_model_that_somebody_has_registered_without_a_config(monkeypatch, tmp_path):
+    """Nothing says what its classifier is called, or how its images are prepared."""
+    model = timm.create_model("resnet10t", num_classes=3)
+    for cfg in (None, timm.models.PretrainedCfg()):
+        monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name, cfg=cfg: cfg)
+        assert classes_in(model.state_dict(), "resnet10t") == 3
+        assert classes_in({}, "resnet10t") is None
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    assert load_trained(str(tmp_path / "x.pth"), CPU, "resnet10t").config.DATA.IMG_SIZE == 224
+
+
 def test_what_is_left_over_is_said_or_an_error(weights):
     model = timm.create_model("crossformer_micro", num_classes=10)
     counted = weights | {

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -155,6 +156,28 @@ def test_a_folder_that_is_removed_stays_ours(tmp_path, quick):
     with pytest.raises(UserError, match="in use by"):
         Lock(folder).take()
     lock.release()
+
+
+def test_a_beat_that_hangs_through_the_release(tmp_path, quick, monkeypatch):
+    """As on a drive that does not answer: nobody waits for it, and when it comes back it ends in silence."""
+    hangs, answers, errors, write = threading.Event(), threading.Event(), [], os.pwrite
+
+    def hang(*arguments) -> int:
+        if threading.current_thread().name == "lock":
+            hangs.set()
+            answers.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", hang)
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    lock = Lock(tmp_path)
+    lock.take()
+    assert hangs.wait(30)
+    lock.release()
+    answers.set()
+    lock._thread.join(30)
+    assert not lock._thread.is_alive()
+    assert not errors
 
 
 def test_two_runs_in_one_folder(tmp_path, digits, run_main):

@@ -64,6 +64,7 @@ class Bulletin:
         }
 
     def _publish(self) -> None:
+        assert self._store is not None
         with suppress(RuntimeError):  # the store is gone, and with it the launcher or rank 0
             while not self._done.wait(SECONDS_BETWEEN_TURNS):
                 self._turns += 1

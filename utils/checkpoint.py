@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors.torch import load_file
@@ -85,7 +85,7 @@ def written_beside(path: Path, content: dict[str, Any]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             hashing = _Hashing(file)
-            torch.save(content, hashing)
+            torch.save(content, cast(BinaryIO, hashing))
             _seal(file, hashing.digest.digest())
             file.flush()
             os.fsync(file.fileno())
@@ -188,7 +188,7 @@ def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: there is not enough memory") from error
     except Exception as error:  # the reader meets arbitrary bytes and fails in arbitrary ways
         if getattr(error, "errno", None) not in (None, errno.EINVAL):  # which a seek in a file cut short gives
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
         raise DamagedFile(f"{path} is damaged or not a checkpoint: torch cannot read it") from error
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint (a dict)")

@@ -29,8 +29,8 @@ def tell_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
     Uses the attributes ``found_inf`` and ``grad_scale`` of fused optimizers. If they go, a step whose gradients are not
     finite is taken: the loss is NaN from then on.
     """
-    optimizer.found_inf = found_inf.float()
-    optimizer.grad_scale = None  # they are unscaled already
+    optimizer.found_inf = found_inf.float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]  # they are unscaled already
 
 
 def move_towards(averages: list[Tensor], values: list[Tensor], share: Tensor) -> None:
@@ -109,7 +109,7 @@ def tar_number(field: bytes) -> int:
     Raises:
         tarfile.HeaderError: there is none.
     """
-    return tarfile.nti(field)
+    return tarfile.nti(field)  # type: ignore[attr-defined]
 
 
 def forget_members(tar: tarfile.TarFile) -> None:
@@ -118,7 +118,7 @@ def forget_members(tar: tarfile.TarFile) -> None:
     Uses ``members``; what does it in public is there from Python 3.13 on (``stream``). If it goes, reading takes about
     a kilobyte for each image.
     """
-    tar.members = []
+    tar.members = []  # type: ignore[attr-defined]
 
 
 def end_of_member(tar: tarfile.TarFile) -> int:

@@ -87,7 +87,7 @@ class _Object(type):
 class _Text:
     """Stands in for a kind of text."""
 
-    def __new__(cls, *arguments: Any) -> str:
+    def __new__(cls, *arguments: Any) -> str:  # type: ignore[misc]
         return str(arguments[0])
 
 
@@ -135,14 +135,14 @@ OBJECTS = ("argparse.Namespace",)
 """Of Python's own classes, those whose objects are read like those of other packages."""
 
 
-def stand_ins(path: str | Path) -> list[tuple[Callable, str]]:
+def stand_ins(path: str | Path) -> list[Callable | tuple[Callable, str]]:
     """For every name in the file that torch does not know, in the form that ``torch.serialization.safe_globals`` takes.
 
     Raises:
         Refused: one of the names is none of data.
         Exception: the file is damaged.
     """
-    found: list[tuple[Callable, str]] = []
+    found: list[Callable | tuple[Callable, str]] = []
     for name in sorted(_names_in(path)):
         root = name.partition(".")[0]
         if name in CALLED:
@@ -177,7 +177,7 @@ def _globals(file: BinaryIO) -> set[str]:
     named = set()
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL":
-            module, _, name = argument.partition(" ")
+            module, _, name = str(argument).partition(" ")
             named.add(".".join(name_in_python_3(module, name)))
     return named
 
@@ -202,6 +202,7 @@ def plain(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> Any
         return seen[id(value)]
     if depth > DEEPEST:
         raise TooDeep
+    result: Any
     if isinstance(value, dict):
         result = seen[id(value)] = {}
         items = type(value).items(value)

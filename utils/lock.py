@@ -181,8 +181,11 @@ class Lock:
         while not self._done.wait(BEAT_SECONDS):
             self._beats += 1
             with suppress(OSError, UserError):  # the next beat may do; whoever writes checks for itself
-                os.pwrite(self._file, self._content(), 0)
-                os.fdatasync(self._file)  # other hosts are to see it
+                file = self._file  # release() does not wait for a drive that hangs
+                if file is None:
+                    return
+                os.pwrite(file, self._content(), 0)
+                os.fdatasync(file)  # other hosts are to see it
                 self.check()
 
 

@@ -62,7 +62,7 @@ class RunLog:
         self._start = time.perf_counter()
         self._lock = lock or Lock(folder)
         self._wandb = self._bar = None
-        self._growing: dict[str, Appender] = {}
+        self._growing: dict[str, Any] = {}  # Appenders; "tensorboard" is an EventFile
         self._whole: list[WholeFile] = []
         if not is_main():
             return
@@ -79,7 +79,7 @@ class RunLog:
         if mode == "train":
             from utils.event_file import EventFile  # takes a second to load: rank 0 of training only
 
-            purge_step = min(first_step + 1, lost_from)
+            purge_step = int(min(first_step + 1, lost_from))
             self._growing["tensorboard"] = EventFile(folder / "tensorboard", purge_step, self.unwritten)
         for name, records in (owed or {}).items():
             self._growing.setdefault(name, Appender(folder / name, self.unwritten)).add(records.encode("latin-1"))
@@ -126,8 +126,8 @@ class RunLog:
         """What could not be written so far and has to be saved elsewhere, for the run that carries on from there."""
         for file in self._whole:
             file.write()
-        for file in self._growing.values():
-            file.flush()
+        for growing in self._growing.values():
+            growing.flush()
         waiting = {name: file.waiting() for name, file in self._growing.items()}
         return {name: records.decode("latin-1") for name, records in waiting.items() if records}
 
@@ -226,7 +226,8 @@ def forget_after(metrics: Path, step: int, evaluated_step: int, forget: bool = T
     Returns:
         the first step of an evaluation that was removed (infinite for none), and the lines that are left.
     """
-    first_lost, left, kept = math.inf, [], []
+    first_lost, kept = math.inf, []
+    left: list[dict] = []
     if not forget or not metrics.exists():
         return first_lost, left
     with open(metrics, "rb") as file:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -47,7 +46,7 @@ def forked(function: Callable, processes: int, if_killed: str) -> Iterator[Calla
     """
     pool = ProcessPoolExecutor(processes, get_context("fork"), _begin_forked, (function,))
     try:
-        yield partial(pool.submit, _call_function)
+        yield lambda argument: pool.submit(_call_function, argument)
     except BrokenProcessPool as error:
         raise UserError(if_killed) from error
     finally:

@@ -9,6 +9,11 @@ from torch.distributed.nn.functional import all_reduce
 class HostSyncBatchNorm(nn.BatchNorm2d):
     """``nn.SyncBatchNorm`` for tensors on the host: mean and variance are those of all processes' batches."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise maps ``(B, C, H, W)``. A collective in training mode."""
         if not self.training or not dist.is_initialized():

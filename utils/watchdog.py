@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO, cast
 
 from utils.bulletin import SECONDS_BETWEEN_TURNS, Bulletin
 from utils.distributed import rank
@@ -87,7 +88,7 @@ class Watchdog:
             with open(path, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file)
         except OSError:
-            faulthandler.dump_traceback(sys.__stderr__)
+            faulthandler.dump_traceback(cast(TextIO, sys.__stderr__))
             return "where each thread was stands above"
         return f"where each thread was: {path}"
 

@@ -6,6 +6,7 @@ Each operation is that of Pillow (through timm), for many images at once and to 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,13 +118,13 @@ def apply(images: Tensor, operations: Sequence[Sequence[Operation]], fill: Tenso
 
     In every round the images that get the same kind of operation are taken together. The device is not waited for.
     """
-    rounds = []
+    rounds: list[tuple[Callable, list[tuple[int, tuple[float, ...]]]]] = []
     for number in range(max(map(len, operations))):
         kinds: dict[Callable, list[tuple[int, tuple[float, ...]]]] = defaultdict(list)
         for i, of_image in enumerate(operations):
             if number < len(of_image):
-                kind, arguments = OPERATIONS[of_image[number].name]
-                kinds[kind].append((i, arguments(of_image[number].argument, *images.shape[-2:])))
+                kind, of_size = OPERATIONS[of_image[number].name]
+                kinds[kind].append((i, of_size(of_image[number].argument, *images.shape[-2:])))
         rounds += kinds.items()
     # One copy to the device for all of it, since each copy costs as much as a kernel
     flat = torch.tensor([(i, *arguments) for _, members in rounds for i, arguments in members], dtype=torch.float32)
@@ -269,7 +270,7 @@ def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
     return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
 
 
-OPERATIONS: dict[str, tuple[Callable, Callable[[float | None, int, int], tuple[float, ...]]]] = {
+OPERATIONS: dict[str, tuple[Callable, Callable[[Any, int, int], tuple[float, ...]]]] = {
     "AutoContrast": (autocontrast, _plain),
     "Equalize": (equalize, _plain),
     "Invert": (invert, _plain),

@@ -3,7 +3,8 @@
 Token maps are ``(B, H, W, C)`` throughout.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +49,13 @@ class CrossScaleAttention(nn.Module):
 
         Tokens go back to their places before the last product, which needs them contiguous anyway.
         """
-        qkv = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         if bias.shape[0] > 1:
-            bias = align_rows(bias.repeat(qkv.shape[1] // bias.shape[0], 1, 1, 1))
+            bias = align_rows(bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1))
         if bias.requires_grad and not bias.is_cuda:
-            tokens = explicit_attention(*qkv, bias)
+            tokens = explicit_attention(q, k, v, bias)
         else:
-            tokens = F.scaled_dot_product_attention(*qkv, attn_mask=bias)
+            tokens = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(grouping.ungroup(tokens))
 
 
@@ -93,7 +94,7 @@ class CrossFormerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = CrossScaleAttention(dim, num_heads)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if amplitude_cooling else None
-        self.ex_ln = nn.LayerNorm(dim) if amplitude_cooling else None
+        self.ex_ln: Any = nn.LayerNorm(dim) if amplitude_cooling else None
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
@@ -132,6 +133,10 @@ class Blocks(nn.ModuleList):
 
     What they need besides the map is made for all of them at once.
     """
+
+    if TYPE_CHECKING:  # torch knows only that they are modules
+
+        def __iter__(self) -> Iterator[CrossFormerBlock]: ...
 
     def __init__(self, blocks: Iterable[CrossFormerBlock]):
         super().__init__(blocks)

@@ -1,5 +1,7 @@
 """Cross-scale embedding layers: of the image, and between two stages. Source: CrossFormer, section 3.1."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
@@ -27,7 +29,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_chans: int, embed_dim: int):
         super().__init__()
         dims = embed_dim // 2, embed_dim // 4, embed_dim // 8, embed_dim // 8
-        self.projs = nn.ModuleList(
+        self.projs: Any = nn.ModuleList(
             nn.Conv2d(in_chans, dim, kernel, stride=PATCH_STRIDE, padding=(kernel - PATCH_STRIDE) // 2)
             for dim, kernel in zip(dims, PATCH_KERNELS, strict=True)
         )
@@ -53,7 +55,7 @@ def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:
     The pixels of a cell, as large as the stride, become channels: 48 instead of 3. Then the stride is 1 and the kernel
     4 times smaller on each side, which is how matrix units like a convolution.
     """
-    stride, padding = proj.stride[0], proj.padding[0]
+    stride, padding = proj.stride[0], int(proj.padding[0])
     needed = (stride * (size // stride - 1) + proj.kernel_size[0] for size in x.shape[-2:])
     bottom, right = (pixels - size - padding for pixels, size in zip(needed, x.shape[-2:], strict=True))
     cells = F.pixel_unshuffle(F.pad(x, (padding, right, padding, bottom)), stride)

@@ -8,6 +8,7 @@ The table of variants is at the end of the file; every variant is registered wit
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -80,7 +81,7 @@ class CrossFormer(nn.Module):
         ]
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim)
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             blocks = [
                 CrossFormerBlock(
@@ -96,7 +97,7 @@ class CrossFormer(nn.Module):
             ]
             downsample = PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()
             self.layers.append(Stage(Blocks(blocks), downsample))
-        self.norm = nn.LayerNorm(self.num_features)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features)
         self.global_pool = _check_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
@@ -278,11 +279,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module | None 
     """
     computed_here = "attn.biases", "attn.relative_position_index"
     return {
-        key[WRAPPERS.match(key).end() :]: value for key, value in state_dict.items() if not key.endswith(computed_here)
+        WRAPPERS.sub("", key, count=1): value for key, value in state_dict.items() if not key.endswith(computed_here)
     }
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "crossformer_micro": dict(
         embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), group_size=(4, 4, 4, 4), interval=(2, 1, 1, 1)
     ),

@@ -1,6 +1,7 @@
 """What attention adds to its scores: dynamic position bias, and -inf where a key is padding."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class DynamicPositionBias(nn.Module):
         return nn.Sequential(nn.LayerNorm(dim), nn.ReLU(inplace=True), nn.Linear(dim, out_dim))
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Any]:
         """Those with parameters, in order: a linear one, and three times a norm and a linear one."""
         return [self.pos_proj, *(part[i] for part in (self.pos1, self.pos2, self.pos3) for i in (0, 2))]
 

@@ -57,7 +57,8 @@ def draw_branches(rates: tuple[float, ...], batch: int, dtype: torch.dtype, devi
         elif size == batch:
             drawn.append((Drawn(scale[i, 0]), Drawn(scale[i, 1])))
         else:
-            drawn.append(tuple(Drawn(scale[i, j], images[i, j, :size], places[i, j]) for j in range(2)))
+            attention, mlp = [Drawn(scale[i, j], images[i, j, :size], places[i, j]) for j in range(2)]
+            drawn.append((attention, mlp))
     return drawn
 
 
@@ -71,7 +72,7 @@ def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drawn: Drawn | Non
     """``x`` and its residual branch where that is kept, ``(B, H, W, C)``."""
     if drawn is None:
         return x + branch(x)
-    if drawn.images is None:
+    if drawn.images is None or drawn.places is None:
         return x + branch(x) * drawn.scale
     computed = branch(x.index_select(0, drawn.images))
     return x + computed.index_select(0, drawn.places) * drawn.scale

@@ -1,6 +1,7 @@
 """A backbone and a head that tells the class of each place of an image."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -32,7 +33,7 @@ class Segmenter(nn.Module):
         ValueError: there is no such head, or the backbone gives no maps; the message starts with the argument's name.
     """
 
-    def __init__(self, backbone: nn.Module, head: str, num_classes: int, drop_rate: float = 0.1):
+    def __init__(self, backbone: Any, head: str, num_classes: int, drop_rate: float = 0.1):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"head {head!r} is not one of {', '.join(HEADS)}")
@@ -52,7 +53,7 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         if head == "semantic_fpn":
             self.neck = FPN(channels)
-            self.decode_head = SemanticFPNHead(reductions, num_classes, drop_rate)
+            self.decode_head: nn.Module = SemanticFPNHead(reductions, num_classes, drop_rate)
         else:
             self.decode_head = UPerNetHead(channels, num_classes, drop_rate)
             self.auxiliary_head = FCNHead(channels[AUXILIARY_LEVEL], num_classes, drop_rate)
@@ -100,7 +101,8 @@ class Segmenter(nn.Module):
             if isinstance(pattern, str):
                 return pattern.replace("^", r"^backbone\.", 1)
             if isinstance(pattern, Sequence):
-                return type(pattern)(below(part) for part in pattern)
+                kind: Any = type(pattern)
+                return kind(below(part) for part in pattern)
             return pattern
 
         return {name: below(pattern) for name, pattern in self.backbone.group_matcher(coarse=coarse).items()}
@@ -109,7 +111,7 @@ class Segmenter(nn.Module):
 class AtImageSize(nn.Module):
     """A segmenter whose logits have the size of the image, as an export gives them."""
 
-    def __init__(self, segmenter: Segmenter):
+    def __init__(self, segmenter: nn.Module):
         super().__init__()
         self.segmenter = segmenter
 
@@ -118,7 +120,7 @@ class AtImageSize(nn.Module):
         return resize(self.segmenter(images), size_of(images))
 
 
-def remove_what_follows(backbone: nn.Module, indices: list[int]) -> None:
+def remove_what_follows(backbone: Any, indices: list[int]) -> None:
     """Remove what a model of timm's does not need for these maps; DDP would wait for its gradients."""
     backbone.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
     classifier = backbone.pretrained_cfg["classifier"]

@@ -3,6 +3,7 @@
 import shutil
 import statistics
 from argparse import Namespace
+from functools import partial
 
 import torch
 
@@ -32,16 +33,21 @@ def benchmark_checkpoint(arguments: Namespace) -> None:
             x = (x @ x).tanh()
 
     figures: dict[str, list[float]] = {"blocking save": [], "loop": [], "loop with a save": [], "copy alone": []}
+
+    def save_and_loop(steps: int) -> None:
+        checkpoints.save_last(content)
+        loop(steps)
+
     for repeat in range(arguments.repeats):
         show_progress(f"{repeat + 1}/{arguments.repeats}")
         figures["blocking save"].append(seconds(lambda: save_atomically(content, folder / "blocking.pth")))
         loop(20)
         one = seconds(lambda: loop(100)) / 100
         steps = max(1, round(2.5 * statistics.median(figures["blocking save"]) / one))
-        figures["loop"].append(seconds(lambda n=steps: loop(n)))
+        figures["loop"].append(seconds(partial(loop, steps)))
         figures["copy alone"].append(seconds(lambda: checkpoints.save_last(content)))
         checkpoints.finish()
-        figures["loop with a save"].append(seconds(lambda n=steps: (checkpoints.save_last(content), loop(n))))
+        figures["loop with a save"].append(seconds(partial(save_and_loop, steps)))
         checkpoints.finish()
     show_progress("")
     shutil.rmtree(folder)

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
 
 import timm
 import torch
@@ -73,7 +74,7 @@ def marked(task: Task, mark: Callable[[], None]) -> Task:
         mark()
         return found
 
-    task.loss = loss_and_mark
+    vars(task)["loss"] = loss_and_mark
     return task
 
 
@@ -91,7 +92,7 @@ class Contender:
         device = this_device()
         torch.manual_seed(0)
         self.network = network
-        self.model = create(network, arguments.image_size).to(device, memory_format=torch.channels_last)
+        self.model = create(network, arguments.image_size).to(device).to(memory_format=torch.channels_last)
         self.precision = precision_of(arguments.precision, device)
         self.task = marked(build_task(config, device), self.mark)
         self.optimizer, self.average, self.meters = self.build_optimizer(config), self.build_average(), DeviceMeters()
@@ -131,7 +132,7 @@ class Contender:
 
     def note(self, result: StepResult) -> None:
         """Do what the loop does after a step."""
-        self.average.update(self.model, self.taken, result.finite)
+        cast(Ema, self.average).update(self.model, self.taken, result.finite)
         self.meters.add(result.finite, loss=result.loss, grad_norm=result.grad_norm)
 
     def mark(self) -> None:
@@ -193,8 +194,8 @@ class Contender:
         run()
         synchronize()
         stays = self.model.state_dict(), self.optimizer.state_dict()["state"], self.average.module.state_dict()
-        stays = sum(t.nbytes for t in tree_leaves(stays) if isinstance(t, torch.Tensor))
-        return stays + torch.cuda.max_memory_allocated() - before
+        held = sum(t.nbytes for t in tree_leaves(stays) if isinstance(t, torch.Tensor))
+        return held + torch.cuda.max_memory_allocated() - before
 
 
 class PlainStep(Contender):
@@ -253,7 +254,7 @@ def check_names(names: list[str]) -> None:
 def create(name: str, image_size: int) -> nn.Module:
     """Build the model with random weights, stochastic depth and 1,000 classes (150 of pixels), on the CPU."""
     if head := head_of(name):
-        backbone = create(name.removeprefix(f"{head}/"), image_size)
+        backbone: Any = create(name.removeprefix(f"{head}/"), image_size)
         backbone.reset_classifier(0)
         return create_segmenter(head, backbone, CLASSES_WITHOUT_DATA)
     if name.startswith(PLAIN):
@@ -264,8 +265,9 @@ def create(name: str, image_size: int) -> nn.Module:
     if name in VARIANTS:
         return timm.create_model(name, num_classes=CLASSES_TOLD, drop_path_rate=published_stochastic_depth(name))
     name = PEERS.get(name, name)
-    arguments = {"drop_path_rate": STOCHASTIC_DEPTH_OF_PEERS} if takes(name, "drop_path_rate") else {}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    arguments: dict[str, Any] = {"drop_path_rate": STOCHASTIC_DEPTH_OF_PEERS} if takes(name, "drop_path_rate") else {}
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg and cfg.fixed_input_size:
         arguments["img_size"] = image_size  # its constructor has to know
     return timm.create_model(name, num_classes=CLASSES_TOLD, **arguments)
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from timm.data import create_dataset, create_loader, create_transform
@@ -19,6 +20,7 @@ from data.augmentation import Plan, augments_on_device, build_train_stage, build
 from data.build import build_train_loader, open_images
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding, decode
+from data.index import Index
 from scripts.benchmarks import common
 from scripts.benchmarks.common import ratio, rounded, this_device
 from utils.errors import UserError
@@ -85,9 +87,9 @@ def config_for(arguments: Namespace, path: str):
 
 def of_this_loader(config, on_device: bool, device: torch.device, whole: bool = False) -> Iterator[int]:
     """Start this project's loader; ``whole`` asks for the finished batch where the device is a CPU."""
-    images = open_images(config, training=True)[0]
+    images = cast(Index, open_images(config, training=True)[0])
     transform = build_train_transform(config, on_device and augments_on_device(config, torch.device("cuda", 0)))
-    stage = build_train_stage(config, device) if whole or device.type == "cuda" else NoStage()
+    stage: Any = build_train_stage(config, device) if whole or device.type == "cuda" else NoStage()
     sample = DecodeAndTransform(transform, build_decoding(config))
     loader = build_train_loader(config, images, sample, transform.size, stage)
     loader.batches.last_step, loader.on_bad_image = ENDLESS, print
@@ -171,7 +173,7 @@ def images_per_second(start: Callable[[], Iterator[int]], workers: int, batches:
 
 def stage_milliseconds(config, device: torch.device) -> dict[str, float]:
     """Time one image on one core (the last two: a batch on the device), in the order of the work."""
-    images = open_images(config, training=True)[0]
+    images = cast(Index, open_images(config, training=True)[0])
     here, there = build_train_transform(config, False), build_train_transform(config, True)
     stage = build_train_stage(config, device)
     chosen = range(min(len(images), STAGE_IMAGES))

@@ -3,6 +3,8 @@
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -69,17 +71,20 @@ def lineup(names: list[str], arguments: Namespace) -> list[str]:
 
 def race(names: list[str], sizes: list[int], kinds: tuple[str, ...], arguments: Namespace) -> dict:
     """Measure each contender in each kind of work at each batch size, and what the device can do at best."""
-    facts, runs = [], {}
+    facts: list[dict[str, Any]] = []
+    runs: dict[Any, Callable[[], float | None]] = {}
     for name in names:
         show_progress(f"counting {name}")
         one = contenders.make_contender(name, arguments)
         batches = {n: one.task.synthetic_batch(n) for n in sizes}
-        model = {"name": name, "gmac": contenders.count_gmac(one.network.removeprefix(PLAIN), arguments.image_size)}
+        gmac = contenders.count_gmac(one.network.removeprefix(PLAIN), arguments.image_size)
+        model: dict[str, Any] = {"name": name, "gmac": gmac}
         model["parameters"] = sum(p.numel() for p in one.model.parameters())
         model |= {"kernels": {}, "moved_bytes": {}} if is_compiled(one.model) else count(one, kinds, batches[sizes[-1]])
         model["batches"] = []
         for n, batch in batches.items():
-            of_batch = {"batch_size": n, "training_gmac": training_giga_macs(one.model, arguments.image_size, n)}
+            gmac = training_giga_macs(one.model, arguments.image_size, n)
+            of_batch: dict[str, Any] = {"batch_size": n, "training_gmac": gmac}
             for kind in kinds:
                 show_progress(f"warming up {name}, {kind}, batch {n}")
                 of_batch[kind] = {"memory_bytes": one.memory(kind, batch), "parts_milliseconds": []}
@@ -106,12 +111,13 @@ def race(names: list[str], sizes: list[int], kinds: tuple[str, ...], arguments: 
 
 def count(one: Contender, kinds: tuple[str, ...], batch) -> dict[str, dict[str, int]]:
     """Count what it launches for one image, and what its kernels read and write for a batch, if that fits in memory."""
-    single, counts = one.task.synthetic_batch(1), {"kernels": {}, "moved_bytes": {}}
+    single = one.task.synthetic_batch(1)
+    counts: dict[str, dict[str, int]] = {"kernels": {}, "moved_bytes": {}}
     for kind in kinds:
         one.model.train(kind == "training")
         run = getattr(one, kind)
-        counts["kernels"][kind] = count_kernels(lambda run=run: run(single), this_device())
-        moved = within_memory(lambda run=run: moved_bytes(lambda: run(batch)))
+        counts["kernels"][kind] = count_kernels(partial(run, single), this_device())
+        moved = within_memory(partial(moved_bytes, partial(run, batch)))
         if moved:
             counts["moved_bytes"][kind] = moved
     return counts

@@ -4,14 +4,15 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from data.augmentation.pairs import build_pair_transform, distort
+from data.augmentation.pairs import PairTransform, build_pair_transform, distort
 from data.build import build_train_loader, open_pairs
 from data.decoding import build_decoding, decode
-from data.pairs import decode_labels
+from data.pairs import LabelMaps, decode_labels
 from scripts.benchmarks import common
 from scripts.benchmarks.common import rounded
 from scripts.benchmarks.data import ENDLESS, STAGE_IMAGES, NoStage, images_per_second, median_seconds
@@ -22,36 +23,37 @@ from utils.tables import Table
 def benchmark_pairs(arguments: Namespace, config) -> None:
     """Measure images per second of the loader, and milliseconds of every stage on one core."""
     index = open_pairs(config, training=True)[0]
-    sample = DecodePair(label_table(config, index, len(index.classes)), build_decoding(config))
-    sample.transform = build_pair_transform(config)
+    assert index is not None
+    transform = build_pair_transform(config)
+    sample = DecodePair(label_table(config, index, len(index.classes)), build_decoding(config), transform)
 
     def start():
-        loader = build_train_loader(config, index, sample, sample.transform.size, NoStage())
+        loader = build_train_loader(config, index, sample, transform.size, cast(Any, NoStage()))
         loader.batches.last_step, loader.on_bad_image = ENDLESS, print
         return (len(batch.images) for batch in loader)
 
     runs = {"this loader": lambda: images_per_second(start, arguments.workers, arguments.batches)}
     report = common.start_report(arguments) | {
         "images_per_second": common.in_turn(runs, arguments.repeats),
-        "milliseconds_per_image": stage_milliseconds(index, sample),
+        "milliseconds_per_image": stage_milliseconds(index, sample, transform),
     }
     common.finish_report(report, tables(report, config), arguments.output)
 
 
-def stage_milliseconds(index, sample: DecodePair) -> dict[str, float]:
+def stage_milliseconds(index: LabelMaps, sample: DecodePair, transform: PairTransform) -> dict[str, float]:
     """Time one pair on one core, in the order of the work."""
     chosen = range(min(len(index), STAGE_IMAGES // 4))
     raw = [index[i] for i in chosen]
     images = [decode(image, sample.decoding) for image, _ in raw]
     labels = [torch.from_numpy(sample.table[decode_labels(data)]) for _, data in raw]
-    plain = replace(sample.transform, distort=0.0)
+    plain = replace(transform, distort=0.0)
     cropped = [plain(image, each)[0] for image, each in zip(images, labels, strict=True)]
     stages: dict[str, Callable[[], object]] = {
         "read": lambda: [index[i] for i in chosen],
         "decode image": lambda: [decode(image, sample.decoding) for image, _ in raw],
         "decode label map": lambda: [np.take(sample.table, decode_labels(data)) for _, data in raw],
         "resize, crop, flip, pad": lambda: [plain(image, each) for image, each in zip(images, labels, strict=True)],
-        "change colours": lambda: [distort(image, sample.transform.distort) for image in cropped],
+        "change colours": lambda: [distort(image, transform.distort) for image in cropped],
     }
     return {name: 1e3 * median_seconds(run) / len(chosen) for name, run in stages.items()}
 
