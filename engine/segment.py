@@ -65,7 +65,7 @@ def segment(
                 first = int(config.DATA.ZERO_IS_VOID)
                 save(label_file(labels, first, len(classes)), folder / "labels" / name.with_suffix(".png"))
             told = [dict(class_index=i, **{"class": name}, share=float(f"{share:.6g}")) for i, name, share in there]
-            yield {"file": str(path), "predictions": told[:top]}, painted(photograph, labels, len(classes))
+            yield {"file": str(path), "predictions": told[:top]}, painted(photograph, labels, classes)
 
 
 def save(picture: Image.Image, path: Path) -> None:

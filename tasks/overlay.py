@@ -12,6 +12,7 @@ from utils.contact_sheet import INK, PAPER, write
 
 STRENGTH = 0.55
 """Of the colours over the photograph."""
+BACKGROUND = "background"
 GOLDEN = 0.618033988749895
 LEGEND_WIDTH, LINE, SWATCH, MARGIN = 220, 22, 14, 10
 """In pixels: of the legend, a line of it, the square of colour in it, and the space around."""
@@ -42,17 +43,18 @@ def shares(labels: np.ndarray, classes: list[str]) -> list[Share]:
     return [Share(int(i), classes[i], float(counts[i] / labels.size)) for i in order if counts[i]]
 
 
-def painted(image: Image.Image, labels: np.ndarray, count: int) -> Image.Image:
-    """Paint a label map ``(H, W)`` of so many classes over its photograph; void stays as it is, but darker."""
-    table = np.zeros((VOID + 1, 3), np.uint8)
-    table[:count] = colours(count)
-    photograph = np.asarray(image.convert("RGB"), np.float32)
-    return Image.fromarray(((1 - STRENGTH) * photograph + STRENGTH * table[labels] + 0.5).astype(np.uint8))
+def painted(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:
+    """Paint a label map ``(H, W)`` over its photograph. Void gets darker; a class called background stays as it is."""
+    table, strength = np.zeros((VOID + 1, 3), np.float32), np.full((VOID + 1, 1), STRENGTH, np.float32)
+    table[: len(classes)] = colours(len(classes))
+    strength[[i for i, name in enumerate(classes) if name.lower() == BACKGROUND]] = 0
+    photograph, share = np.asarray(image.convert("RGB"), np.float32), strength[labels]
+    return Image.fromarray(((1 - share) * photograph + share * table[labels] + 0.5).astype(np.uint8))
 
 
 def overlay(image: Image.Image, labels: np.ndarray, classes: list[str]) -> Image.Image:
     """Paint a label map over its photograph, and a legend of the classes that are there beside it."""
-    picture, there = painted(image, labels, len(classes)), shares(labels, classes)
+    picture, there = painted(image, labels, classes), shares(labels, classes)
     height = max(picture.height, 2 * MARGIN + min(len(there), 40) * LINE)
     sheet = Image.new("RGB", (picture.width + LEGEND_WIDTH, height), PAPER)
     sheet.paste(picture, (0, 0))

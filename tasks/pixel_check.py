@@ -110,11 +110,11 @@ def preview(config, index: LabelMaps, classes: list[str]) -> bytes:
     rows: dict[str, list[Image.Image]] = {"as they are": []}
     for i in chosen:
         image, labels = index[i]
-        picture = painted(tensor_to_pil(decode(image, decoding)), table[decode_labels(labels)], len(classes))
+        picture = painted(tensor_to_pil(decode(image, decoding)), table[decode_labels(labels)], classes)
         rows["as they are"].append(picture)
     for epoch in (0, 1):
         samples = [dataset[epoch, i].sample for i in chosen]
-        rows[f"as in training, epoch {epoch}"] = [picture_of(config, each, len(classes)) for each in samples]
+        rows[f"as in training, epoch {epoch}"] = [picture_of(config, each, classes) for each in samples]
     height, width = height_and_width(config.DATA.IMG_SIZE)
     low, high = config.AUG.RESIZE_RATIO
     heading = (
@@ -124,11 +124,11 @@ def preview(config, index: LabelMaps, classes: list[str]) -> bytes:
     return draw_rows(rows, [], heading, SHOWN, CELL)
 
 
-def picture_of(config, sample: Sample | None, count: int) -> Image.Image:
+def picture_of(config, sample: Sample | None, classes: list[str]) -> Image.Image:
     """Paint the label map of a training sample over its image, padding as the model sees it."""
     if sample is None or not isinstance(sample.target, torch.Tensor):
         raise UserError("no image of the training data can be decoded")
     mean, std = (torch.tensor(x)[:, None, None] for x in (config.DATA.MEAN, config.DATA.STD))
     seen = DeviceStage(torch.device("cpu"), config.DATA.MEAN, config.DATA.STD)(sample.image[None], [sample.plan])[0]
     pixels = (255 * (seen * std + mean)).round().clamp(0, 255).byte()
-    return painted(tensor_to_pil(pixels), sample.target.numpy(), count)
+    return painted(tensor_to_pil(pixels), sample.target.numpy(), classes)

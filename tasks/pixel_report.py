@@ -44,13 +44,13 @@ class Album:
 
     Args:
         mean, std: with which images were normalised.
-        count: of the classes.
+        classes: their names.
         lowest: whether those with the lowest IoU are wanted.
     """
 
-    def __init__(self, mean: list[float], std: list[float], count: int, lowest: bool):
+    def __init__(self, mean: list[float], std: list[float], classes: list[str], lowest: bool):
         self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-        self.count, self.keep_lowest = count, lowest
+        self.classes, self.keep_lowest = classes, lowest
         self.first: list[Seen] = []
         self.lowest: list[tuple[float, int, Seen]] = []
 
@@ -74,7 +74,7 @@ class Album:
             heapq.heapify(self.lowest)
 
     def _painted(self, photograph: Image.Image, labels: Tensor) -> Image.Image:
-        return painted(photograph, labels.byte().cpu().numpy(), self.count)
+        return painted(photograph, labels.byte().cpu().numpy(), self.classes)
 
     def sheet(self) -> bytes:
         """Draw the first images."""

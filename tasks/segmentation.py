@@ -139,7 +139,7 @@ class Segmentation:
 
     def evaluator(self, report: bool = False) -> "MeanIoU":
         data = self.config.DATA
-        album = Album(data.MEAN, data.STD, len(self.classes), report)
+        album = Album(data.MEAN, data.STD, self.classes, report)
         return MeanIoU(self.classes, self.device, build_whole_image(self.config), album, self._names)
 
     # ---- checkpoints

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from engine.memory import within_memory
 from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio
+from scripts.benchmarks.contenders import Contender, check_names
 from utils.counting import count_kernels, moved_bytes, saved_bytes
+from utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("benchmark")  # its fixtures are made once
 
@@ -304,3 +307,12 @@ def test_saved_bytes_of_what_is_recomputed():
     keep = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     kept = saved_bytes(lambda: checkpoint(layer, x, use_reentrant=False, context_fn=keep), layer.parameters())
     assert kept == 128 + 4 * 64 * 4
+
+
+def test_a_segmenter_is_a_contender():
+    one = Contender("semantic_fpn/crossformer_micro", Namespace(image_size=64, precision="fp32"))
+    one.training(one.task.synthetic_batch(2))
+    assert len(one.part_milliseconds()) == 4
+    for wrong in ("upernet/nothing", "upernet/plain_crossformer_micro"):
+        with pytest.raises(UserError, match="there is no model"):
+            check_names([wrong])

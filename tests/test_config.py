@@ -75,7 +75,7 @@ def test_settings_are_listed(capsys):
     assert max(map(len, lines)) <= 80
     assert main(["--settings", "epochs"]) == 0
     assert capsys.readouterr().out.startswith(
-        "TRAIN.EPOCHS = 300\n    Passes over the training images\n    at least 1; may rise on resume\n\nTRAIN.WARMUP_"
+        "TRAIN.EPOCHS = 300\n    Passes over the training images\n    at least 1; may rise on resume\n\nTRAIN.STEPS = 0"
     )
     assert main(["--settings", "EPOCS"]) == 2
     assert "--settings EPOCS: no setting has it in its name or meaning; did you mean EPOCHS?" in capsys.readouterr().err
@@ -255,4 +255,4 @@ def test_a_setting_is_told_from_one_that_begins_like_it():
 def test_the_state_of_an_optimizer_depends_on_settings_that_stay():
     stay = {key for key, one in SETTINGS.items() if one.on_resume is Resume.KEPT}
     assert stay >= {"TRAIN.OPTIMIZER.NAME", "TRAIN.LAYER_DECAY", "TRAIN.FREEZE_TRUNK"}
-    assert [key for key, one in SETTINGS.items() if one.on_resume is Resume.RAISED] == ["TRAIN.EPOCHS"]
+    assert [key for key, one in SETTINGS.items() if one.on_resume is Resume.RAISED] == ["TRAIN.EPOCHS", "TRAIN.STEPS"]

@@ -186,3 +186,13 @@ def test_a_restart_forgets_what_came_after_the_checkpoint(tmp_path):
     forget_after(path, 2, evaluated_step=1)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 1, 9]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_means_are_carried_on():
+    """What was not logged before a save counts in the first line after it."""
+    one = torch.ones(())
+    before, after = DeviceMeters(), DeviceMeters()
+    before.add(one, loss=2 * one)
+    after.restore(before.content(), torch.device("cpu"))
+    after.add(one, loss=6 * one)
+    assert after.read() == {"loss": 4.0}
