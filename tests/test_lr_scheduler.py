@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from config import build_config
-from lr_scheduler import build_scheduler
+from lr_scheduler import build_scheduler, total_steps
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "lr_schedule.json").read_text())
 
@@ -23,3 +24,15 @@ def test_published_learning_rates(name):
 def test_scaling_with_the_batch_can_be_turned_off():
     opts = ["TRAIN.WARMUP_EPOCHS", "0", "TRAIN.LR_REFERENCE_BATCH", "0", "TRAIN.BASE_LR", "0.3"]
     assert build_scheduler(build_config(opts=opts), 10, global_batch=4096)(0) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("semantic_fpn_small", "semantic_fpn_80k"), ("upernet_small", "upernet_160k")]
+)
+def test_schedules_of_segmentation(recipe, name):
+    expected = json.loads((ROOT / "tests/data/dense_heads/dense_lr_schedule.json").read_text())[name]
+    config = build_config(str(ROOT / f"configs/segmentation/{recipe}.yaml"))
+    schedule = build_scheduler(config, steps_per_epoch=1263, global_batch=16)
+    assert total_steps(config, 1263) == expected["iterations"]
+    for step, rate in expected["lr"].items():
+        assert schedule(int(step)) == pytest.approx(rate, rel=1e-9), step

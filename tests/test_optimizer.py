@@ -11,6 +11,7 @@ import torch
 from config import build_config
 from engine.state import TrainState
 from engine.step import TrainStep
+from models import create_segmenter
 from models.crossformer import VARIANTS
 from optimizer import build_optimizer, parameter_groups
 from utils.errors import UserError
@@ -117,3 +118,27 @@ def test_momentum_is_defined_when_the_first_step_is_skipped():
     step_of(model, optimizer, scaler).update(torch.zeros(()), {})
     assert scaler.get_scale() == 2.0**15
     assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("without", "exempt"), [("none", []), ("norm", ["backbone.norm1.weight", "backbone.norm1.bias"]), ("1d", None)]
+)
+def test_who_has_no_weight_decay(without, exempt):
+    """As segmentation's published recipes have it; without a word it is biases and what has one axis."""
+    model = torch.nn.ModuleDict({"backbone": torch.nn.ModuleDict({"norm1": torch.nn.LayerNorm(4)})})
+    model["bn"], model["conv"] = torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _, undecayed = parameter_groups(model, 0.05, without=without)
+    expected = exempt if exempt is not None else [name for name in names.values() if name != "conv.weight"]
+    assert sorted(names[id(p)] for p in undecayed["params"]) == sorted(expected)
+
+
+def test_layer_decay_of_a_segmenter():
+    """The heads learn at the full rate, the backbone's first layers least."""
+    model = create_segmenter("upernet", "crossformer_micro", 3)
+    groups = parameter_groups(model, 0.05, 0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    scales = {name: scale[id(p)] for name, p in model.named_parameters()}
+    assert scales["decode_head.conv_seg.weight"] == scales["auxiliary_head.convs.0.conv.weight"] == 1
+    assert scales["backbone.layers.3.blocks.1.norm1.weight"] == 0.5
+    assert scales["backbone.patch_embed.norm.weight"] == min(scales.values()) < 0.01
