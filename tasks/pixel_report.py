@@ -70,8 +70,8 @@ class Album:
             self.first.append(shown)
         if is_low:
             heapq.heappush(self.lowest, (-iou, -number, shown))
-            del self.lowest[SHOWN:]
-            heapq.heapify(self.lowest)
+            if len(self.lowest) > SHOWN:
+                heapq.heappop(self.lowest)  # the highest of them
 
     def _painted(self, photograph: Image.Image, labels: Tensor) -> Image.Image:
         return painted(photograph, labels.byte().cpu().numpy(), self.classes)

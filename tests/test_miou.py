@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from data.augmentation.pairs import VOID
 from tasks.miou import confusion_matrix, scores
+from tasks.pixel_report import Album
 from tasks.whole_image import WholeImage, starts
 
 CASES = json.loads((ROOT / "tests/data/dense_heads/miou.json").read_text())
@@ -92,3 +93,15 @@ def test_classes_are_the_largest_logits_however_many_there_are():
     weights, image = torch.randn(37, 3, 4, 4), torch.randn(3, 50, 70)
     whole, ask = WholeImage((2048, 64), 32), lambda x: F.conv2d(x, weights, stride=4)
     assert torch.equal(whole.classes(ask, image, (50, 70)), whole(ask, image, (50, 70)).argmax(0))
+
+
+@pytest.mark.parametrize("order", [range(20), range(19, -1, -1), [(7 * i) % 20 for i in range(20)]])
+def test_the_album_keeps_the_images_with_the_lowest_iou(order):
+    album, image = Album([0.0] * 3, [1.0] * 3, ["a", "b"], lowest=True), torch.zeros(3, 8, 8)
+    labels = torch.zeros(8, 8, dtype=torch.uint8)
+    for number in order:  # the higher the number, the more pixels are right
+        answers = torch.ones(8, 8, dtype=torch.long)
+        answers.view(-1)[: 3 * number + 1] = 0
+        album.add(number, image, labels, answers, confusion_matrix(answers, labels, 2))
+    assert [seen.number for seen in album.lowest_of_all()] == list(range(8))
+    assert [seen.number for seen in album.first] == list(order)[:4]
