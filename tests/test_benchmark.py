@@ -25,8 +25,6 @@ from scripts.benchmarks.contenders import Contender, check_names
 from utils.counting import count_kernels, moved_bytes, saved_bytes
 from utils.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("benchmark")  # its fixtures are made once
-
 CPU = torch.device("cpu")
 SMALL = ("--image-size", "64", "--repeats", "2")
 

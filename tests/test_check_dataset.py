@@ -306,6 +306,7 @@ def test_ctrl_c_stops_it(long_check):
     assert (long_check.returncode, stderr) == (130, "\nstopped\n")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named(long_check):
     children = Path(f"/proc/{long_check.pid}/task/{long_check.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)

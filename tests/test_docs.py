@@ -17,8 +17,6 @@ import main
 import predict
 from engine import throughput
 
-pytestmark = pytest.mark.xdist_group("docs")  # its fixtures are made once
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LESS = (
@@ -115,7 +113,7 @@ def test_commands_of_main(place, tmp_path, command):
     if any(word.startswith("hfds/") for word in words) or not words:
         return  # what is on a hub cannot be reached here; the rest would start the default run
     evaluated = ["TEST.REAL_LABELS"] if "TEST.REAL_LABELS" in words else []
-    less = LESS_PIXELS if any("segmentation/" in word for word in words) else LESS
+    less = LESS_PIXELS if any("segmentation/" in word or "nuclei.yaml" in word for word in words) else LESS
     less = [*less, *(["MODEL.DROP_PATH_RATE", "0"] if "swin_tiny_patch4_window7_224" in words else [])]
     status = main.main(["--output", str(tmp_path), "--opts", *less, *in_place(words, place)])
     assert status == (2 if evaluated else 0)  # digits are not ImageNet, whose own images test_metrics.py has
@@ -158,6 +156,7 @@ def test_commands_of_scripts(place, command):
     run(command, place)
 
 
+@pytest.mark.slow
 def test_python_of_the_documents(place, monkeypatch):
     """Exports first: what they write is what the pieces of Python read."""
     for command in EXPORTS:

@@ -58,9 +58,12 @@ def load_graph(path):
     return lambda images: torch.from_numpy(run(None, {"images": images.numpy()})[0])
 
 
+OTHER_GRAPHS = ("torch_export", "pt2", 5), ("onnx", "onnx", 1)
+
+
 @pytest.mark.parametrize(
     ("form", "suffix", "batch"),
-    [("torch_export", "pt2", 5), ("onnx", "onnx", 5), pytest.param("onnx", "onnx", 1, marks=pytest.mark.slow)],
+    [("onnx", "onnx", 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_GRAPHS)],
 )
 def test_a_graph_computes_the_same_logits(tmp_path, form, suffix, batch):
     """By the real command line, whose output is these four lines and nothing of the exporters'."""

@@ -23,8 +23,6 @@ from data.decoding import decode
 from main import main
 from tasks.report import Report
 
-pytestmark = pytest.mark.xdist_group("metrics")  # its fixtures are made once
-
 WORDNET_IDS = ImageNetInfo("imagenet-1k").label_names()
 MICRO = ("--cfg", "configs/micro.yaml", "--tag", "run", "--batch-size", "64", "--opts", "DATA.NUM_WORKERS", "0")
 

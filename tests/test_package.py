@@ -11,8 +11,6 @@ from conftest import ROOT
 
 from models.crossformer import VARIANTS
 
-pytestmark = pytest.mark.xdist_group("package")  # its fixtures are made once
-
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:

@@ -17,8 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tasks.miou import confusion_matrix, scores
 from tasks.overlay import LEGEND_WIDTH
 
-pytestmark = pytest.mark.xdist_group("segmentation")  # its fixtures are made once
-
 RUN = (
     "--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--tag", "run", "--batch-size", "4", "--opts",
     "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[160, 64]", "TEST.RESIZE", "[160, 64]",
@@ -221,8 +219,8 @@ def test_what_prediction_refuses(trained, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("form", "more"),
     [
-        ("onnx", ["--dynamic-batch"]),
         ("safetensors", []),
+        pytest.param("onnx", ["--dynamic-batch"], marks=pytest.mark.slow),
         pytest.param("torch_export", ["--dynamic-batch"], marks=pytest.mark.slow),
     ],
 )
@@ -244,6 +242,7 @@ def test_export_for_timm_is_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_throughput(tmp_path):
     result = run(tmp_path, *RUN, "--throughput")
     assert "crossformer_micro" in result.stdout

@@ -21,8 +21,6 @@ from tasks.trained import load_trained
 from utils import checkpoint
 from utils.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("validation")  # its fixtures are made once
-
 ROOT = Path(__file__).parent.parent
 
 
@@ -283,11 +281,6 @@ def fuzz(folder: Path, first: int, last: int) -> None:
     assert 0.4 * len(made) < refused < 0.98 * len(made), "both outcomes must be met"
     most = max(case["memory"] for case in made) - whole["memory"]
     print(f"{len(made)} mutations: {refused} refused, {len(made) - refused} loaded; at most {most / 2**20:.0f} MB more")
-
-
-def test_a_few_mutations_of_a_checkpoint(tmp_path):
-    """Each loads or ends in one line: no traceback, no signal, no more than 1 GB of memory."""
-    fuzz(tmp_path, 0, 15)
 
 
 @pytest.mark.slow

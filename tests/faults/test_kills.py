@@ -20,8 +20,6 @@ from engine.step import StepResult, TrainStep
 from main import main
 from tasks.classification import Classification
 
-pytestmark = pytest.mark.xdist_group("kills")  # its fixtures are made once
-
 
 @pytest.mark.slow  # test_sweep.py has a few kills that take less time
 @pytest.mark.parametrize("kills", [3, 30])
@@ -229,6 +227,7 @@ def test_bad_batches_in_a_row_stop_the_run(train_badly, tmp_path, digits, capsys
     assert checkpoint(tmp_path, "run")["step"] == 24
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_named(tmp_path, digits):
     """Rank 1 is stopped, as a host that hangs; rank 0 must not wait for it for ever, and says where it was."""
     run = Run(tmp_path, *TWO, "--data-path", digits, "--opts", "TRAIN.HANG_MINUTES", "0.1", launcher=TORCHRUN)

@@ -14,8 +14,6 @@ import pytest
 from conftest import ROOT, TINY_RUN
 from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
 
-pytestmark = pytest.mark.xdist_group("signals")  # its fixtures are made once
-
 HANGING = """
 import os
 import subprocess
@@ -184,6 +182,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, digits, undisturbed, number, 
     stop_and_carry_on(tmp_path, digits, undisturbed, number, target, phase, workers)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_run_that_waits_at_once(tmp_path, digits):
     """The main thread is stuck in a read and answers to nothing."""
     flags = (*FLAGS, "--data-path", digits, "--batch-size", "12")

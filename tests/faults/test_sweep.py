@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("every", [60, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [25, 1])
 def test_killed_at_every_call(tmp_path, digits, every):
     """Before and after each replace, link, unlink and fsync, and in the middle of lines and checkpoints."""
     done = subprocess.run(

@@ -20,8 +20,6 @@ from utils.checkpoint import read
 from utils.errors import UserError
 from utils.files import MOST_BYTES_WAITING, Appender, Unwritten, remove_temporaries, write_whole
 
-pytestmark = pytest.mark.xdist_group("writing")  # its fixtures are made once
-
 FLAGS = (
     *TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "3", "TRAIN.KEEP_EVERY_EPOCHS", "1", "--batch-size", "12",
 )  # fmt: skip
