@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
+from torch import nn
 from yacs.config import CfgNode
 
 from engine.checkpoints import Checkpoints
@@ -16,6 +18,7 @@ from utils import checkpoint
 from utils.errors import UserError
 from utils.logger import forget_after
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch
+from utils.sync_batch_norm import HostSyncBatchNorm, synchronise_batch_norm
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,3 +199,14 @@ def test_means_are_carried_on():
     after.restore(before.content(), torch.device("cpu"))
     after.add(one, loss=6 * one)
     assert after.read() == {"loss": 4.0}
+
+
+def test_who_can_normalise_over_processes():
+    """Plain BatchNorm becomes the one of all processes; what cannot is named and nothing is silently left out."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    keys = list(model.state_dict())
+    synchronise_batch_norm(model, torch.device("cpu"))
+    assert isinstance(model[1], HostSyncBatchNorm)
+    assert list(model.state_dict()) == keys
+    with pytest.raises(UserError, match=r"on a CPU BatchNormAct2d \(0\) cannot normalise"):
+        synchronise_batch_norm(nn.Sequential(BatchNormAct2d(4)), torch.device("cpu"))

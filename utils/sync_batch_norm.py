@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from utils.distributed import AgreedError
+
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
     """``nn.SyncBatchNorm`` for tensors on the host: mean and variance are those of all processes' batches."""
@@ -35,10 +37,23 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Let every BatchNorm in a model normalise over the batches of all processes; its weights and keys stay."""
+    """Let every BatchNorm in a model normalise over the batches of all processes; its weights and keys stay.
+
+    Raises:
+        AgreedError: the model has a kind of BatchNorm that cannot, on a CPU.
+    """
     if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        from timm.layers import (
+            convert_sync_batchnorm,
+        )  # knows BatchNorm with an activation in it; takes its time to load
+
+        convert_sync_batchnorm(model)
         return
-    for module in model.modules():
+    for name, module in model.named_modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = HostSyncBatchNorm
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            raise AgreedError(
+                f"TRAIN.SYNC_BN: on a CPU {type(module).__name__} ({name}) cannot normalise over several processes; "
+                "set TRAIN.SYNC_BN False"
+            )
