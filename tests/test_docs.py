@@ -95,7 +95,7 @@ def there(request, monkeypatch):
 def in_place(words: list[str], place: Path) -> list[str]:
     """The words, with what stands in for what the reader has."""
     absolute = {"/imagenet": "imagenet", "/imagenet_v2": "imagenet_v2", "/imagenet_a": "imagenet_a"}
-    absolute |= {"/ade20k": "ade20k", "my_data": "my_data"}
+    absolute |= {"/ade20k": "ade20k", "/shards_ade20k": "shards_ade20k", "my_data": "my_data"}
     absolute |= {f"examples/nuclei{below}": f"nuclei{below}" for below in ("", "/images/val")}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
