@@ -23,6 +23,8 @@ from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
+FILTERED = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.0 to 3.11.3 have none
+
 
 def config_of(root: Path, *opts):
     small = ("DATA.IMG_SIZE", "32", "DATA.BATCH_SIZE", "10", "DATA.NUM_WORKERS", "0")
@@ -85,7 +87,7 @@ def test_a_class_for_each_tar(source, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split).mkdir(parents=True)
     with tarfile.open(tmp_path / "official" / "ILSVRC2012_img_train.tar") as outer:
-        outer.extractall(tmp_path / "data" / "train", filter="data")
+        outer.extractall(tmp_path / "data" / "train", **FILTERED)
     shutil.copytree(source / "val", tmp_path / "data" / "val", dirs_exist_ok=True)
     train, val, classes = open_images(config_of(tmp_path / "data"), training=True)
     assert (len(train), len(val)) == (60, 23)

@@ -77,8 +77,8 @@ def test_ranks_that_start_again_ignore_what_the_lost_ones_left(tmp_path):
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for key, value in left.items():
         store.set(key, value)
-    script = "from utils.distributed import start, sum_over_ranks; import torch; start();"
-    script += "assert sum_over_ranks(torch.ones(1)) == 2"
+    script = "from utils.distributed import start, stop, sum_over_ranks; import torch; start();"
+    script += "assert sum_over_ranks(torch.ones(1)) == 2; stop()"
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     ranks = [
