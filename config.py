@@ -90,6 +90,8 @@ class Model(Section):
     NAME: str = setting("crossformer_small", "Any model that timm knows; CrossFormer's are listed in the README")
     HEAD: str = setting(
         "upernet", "What segmentation puts on the model", choices=("upernet", "semantic_fpn"), task=PIXELS)
+    HEAD_CHANNELS: int = setting(
+        0, "Channels inside of HEAD; 0 is as published, 512 for upernet, 256 for semantic_fpn", at_least=0, task=PIXELS)
     AUX_WEIGHT: float = setting(0.4, "Weight of the loss of UPerNet's auxiliary head", at_least=0, task=PIXELS)
     NUM_CLASSES: int = setting(0, "Number of classes; 0 takes that of the data", at_least=0, on_resume=FREE)
     RESUME: str = setting("", "Checkpoint to carry on from, or to evaluate", path=True, on_resume=OMITTED)
@@ -139,8 +141,7 @@ class Train(Section):
     """How the weights are trained, and when they are saved."""
 
     EPOCHS: int = setting(300, "Passes over the training images", at_least=1, on_resume=RAISED)
-    STEPS: int = setting(
-        0, "Length of the run in steps; 0 for EPOCHS", at_least=0, on_resume=RAISED)
+    STEPS: int = setting(0, "Length of the run in steps; 0 for EPOCHS", at_least=0, on_resume=RAISED)
     WARMUP_EPOCHS: int = setting(20, "Epochs of linear warm-up from WARMUP_LR to BASE_LR", at_least=0)
     WARMUP_STEPS: int = setting(0, "Length of the warm-up in steps; 0 for WARMUP_EPOCHS", at_least=0)
     BASE_LR: float = setting(5e-4, "Learning rate after the warm-up, for LR_REFERENCE_BATCH images a step", at_least=0)
@@ -400,6 +401,8 @@ def _leave_to_the_model(config: Config, origin: dict[str, str]) -> None:
     later, nobody has asked for it.
     """
     name, model, left_open = config.MODEL.NAME, config.MODEL, Model()
+    if config.TASK == PIXELS and model.DROP_RATE == left_open.DROP_RATE:
+        model.DROP_RATE = 0.1
     if name in CROSSFORMERS:
         if model.DROP_RATE == left_open.DROP_RATE:
             model.DROP_RATE = 0.0

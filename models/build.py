@@ -24,9 +24,6 @@ ARCHITECTURE = {
 DROP_PATH_RATE = 0.2
 """Of models for which none was asked for and none was published."""
 
-HEAD_DROP_RATE = 0.1
-"""Of segmentation's heads, as published."""
-
 RATES = {"drop_rate": "DROP_RATE", "drop_path_rate": "DROP_PATH_RATE"}
 """Arguments of models, and the settings under MODEL that they are."""
 
@@ -41,8 +38,12 @@ NOT_FOR_KWARGS = {
 """What timm.create_model takes besides, but not from MODEL.KWARGS, and why."""
 
 
-def build_model(config, num_classes: int) -> nn.Module:
+def build_model(config, num_classes: int, drop_rate: float | None = None) -> nn.Module:
     """The model that ``config.MODEL`` describes, with ``num_classes`` classes; any model that timm knows will do.
+
+    Args:
+        num_classes: 0 for a backbone.
+        drop_rate: in place of MODEL.DROP_RATE; a negative one is the model's own.
 
     Raises:
         UserError: the model cannot be built as described.
@@ -58,7 +59,8 @@ def build_model(config, num_classes: int) -> nn.Module:
         if argument in config.MODEL.KWARGS:
             raise UserError(f"MODEL.KWARGS {argument} is not to be set here: {reason}")
     arguments = {ARCHITECTURE[key]: value for key, value in settings.items()} | dict(config.MODEL.KWARGS)
-    for argument, rate in {"drop_rate": config.MODEL.DROP_RATE, "drop_path_rate": _drop_path_rate(config)}.items():
+    drop_rate = config.MODEL.DROP_RATE if drop_rate is None else drop_rate
+    for argument, rate in {"drop_rate": drop_rate, "drop_path_rate": _drop_path_rate(config)}.items():
         # A negative one is the model's own; without knowing of it a model has 0
         if rate > 0 or (rate == 0 and takes(name, argument)):
             arguments[argument] = rate
@@ -78,11 +80,9 @@ def build_segmenter(config, num_classes: int) -> Segmenter:
         UserError: it cannot be built as described.
     """
     try:
-        drop_rate = config.MODEL.DROP_RATE
-        backbone = build_model(config, num_classes=0)
-        return create_segmenter(
-            config.MODEL.HEAD, backbone, num_classes, drop_rate if drop_rate >= 0 else HEAD_DROP_RATE
-        )
+        backbone = build_model(config, num_classes=0, drop_rate=-1.0)  # MODEL.DROP_RATE is the head's
+        wanted = config.MODEL
+        return create_segmenter(wanted.HEAD, backbone, num_classes, wanted.DROP_RATE, wanted.HEAD_CHANNELS)
     except ValueError as error:
         raise UserError(f"MODEL.NAME {config.MODEL.NAME} takes no head for segmentation: {error}") from error
 

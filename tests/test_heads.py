@@ -196,3 +196,25 @@ def test_what_gives_no_maps_is_refused():
     config = build_config(opts=["TASK", "segmentation", "MODEL.NAME", "levit_128"])
     with pytest.raises(UserError, match="MODEL.NAME levit_128 takes no head for segmentation"):
         build_segmenter(config, 5)
+
+
+@pytest.mark.parametrize(("head", "wide"), [("semantic_fpn", 256), ("upernet", 512)])
+def test_a_narrower_head(head, wide):
+    config = build_config(opts=["TASK", "segmentation", "MODEL.NAME", "crossformer_micro", "MODEL.HEAD", head])
+    model = build_segmenter(config, 3)
+    same = create_segmenter(head, "crossformer_micro", 3, head_channels=wide)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in same.parameters()]
+    narrow = create_segmenter(head, "crossformer_micro", 3, head_channels=32)
+    assert narrow.decode_head.conv_seg.in_channels == (16 if head == "semantic_fpn" else 32)
+    assert narrow.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("opts", "rate"), [([], 0.1), (["MODEL.DROP_RATE", "0"], 0.0), (["MODEL.DROP_RATE", "0.3"], 0.3)]
+)
+@pytest.mark.parametrize("backbone", ["crossformer_micro", "vit_tiny_patch16_224"])
+def test_dropout_is_the_heads(backbone, opts, rate):
+    config = build_config(opts=["TASK", "segmentation", "MODEL.NAME", backbone, *opts])
+    model = build_segmenter(config, 3)
+    assert model.decode_head.dropout.p == model.auxiliary_head.dropout.p == rate
+    assert not [m for m in model.backbone.modules() if isinstance(m, nn.Dropout) and m.p]

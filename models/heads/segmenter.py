@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .layers import resize, size_of
-from .semantic_fpn import FPN, SemanticFPNHead
-from .upernet import FCNHead, UPerNetHead
+from .semantic_fpn import FPN, PYRAMID_CHANNELS, SemanticFPNHead
+from .upernet import CHANNELS, FCNHead, UPerNetHead
 
 HEADS = "semantic_fpn", "upernet"
 LEVELS = 4
@@ -25,6 +25,7 @@ class Segmenter(nn.Module):
         head: ``semantic_fpn``, or ``upernet`` with its auxiliary head.
         num_classes: classes to tell apart.
         drop_rate: dropout of whole channels before the last convolution.
+        head_channels: inside of the head; 0 for the published number.
 
     Attributes:
         removed: state-dict keys that the backbone had and has no more.
@@ -33,7 +34,7 @@ class Segmenter(nn.Module):
         ValueError: there is no such head, or the backbone gives no maps; the message starts with the argument's name.
     """
 
-    def __init__(self, backbone: Any, head: str, num_classes: int, drop_rate: float = 0.1):
+    def __init__(self, backbone: Any, head: str, num_classes: int, drop_rate: float = 0.1, head_channels: int = 0):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"head {head!r} is not one of {', '.join(HEADS)}")
@@ -52,11 +53,13 @@ class Segmenter(nn.Module):
         self.removed = before - backbone.state_dict().keys()
         self.backbone = backbone
         if head == "semantic_fpn":
-            self.neck = FPN(channels)
-            self.decode_head: nn.Module = SemanticFPNHead(reductions, num_classes, drop_rate)
+            wide = head_channels or PYRAMID_CHANNELS
+            self.neck = FPN(channels, wide)
+            self.decode_head: nn.Module = SemanticFPNHead(reductions, num_classes, drop_rate, wide, max(1, wide // 2))
         else:
-            self.decode_head = UPerNetHead(channels, num_classes, drop_rate)
-            self.auxiliary_head = FCNHead(channels[AUXILIARY_LEVEL], num_classes, drop_rate)
+            wide = head_channels or CHANNELS
+            self.decode_head = UPerNetHead(channels, num_classes, drop_rate, wide)
+            self.auxiliary_head = FCNHead(channels[AUXILIARY_LEVEL], num_classes, drop_rate, max(1, wide // 2))
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Give the backbone's maps of images ``(B, 3, H, W)``, each ``(B, C_i, H_i, W_i)``."""
@@ -140,7 +143,7 @@ def choose_maps(reductions: Sequence[int]) -> list[int]:
 
 
 def create_segmenter(
-    head: str, backbone: str | nn.Module, num_classes: int, drop_rate: float = 0.1, **kwargs
+    head: str, backbone: str | nn.Module, num_classes: int, drop_rate: float = 0.1, head_channels: int = 0, **kwargs
 ) -> Segmenter:
     """Build a network for semantic segmentation on any backbone of timm's that gives maps.
 
@@ -149,6 +152,7 @@ def create_segmenter(
         backbone: a name that timm knows, or a model of timm's; what is not needed of it is removed.
         num_classes: classes to tell apart.
         drop_rate: dropout in the head.
+        head_channels: inside of the head; 0 for the published number.
         kwargs: what ``timm.create_model`` takes for the backbone besides.
 
     Raises:
@@ -158,4 +162,4 @@ def create_segmenter(
         backbone = timm.create_model(backbone, num_classes=0, **kwargs)
     elif kwargs:
         raise ValueError(f"{next(iter(kwargs))} is for a backbone that is built here, not for one that is given")
-    return Segmenter(backbone, head, num_classes, drop_rate)
+    return Segmenter(backbone, head, num_classes, drop_rate, head_channels)
