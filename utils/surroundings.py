@@ -12,7 +12,7 @@ _has_home = True
 
 
 def settle() -> None:
-    """Make up for it; every command begins with this.
+    """Make up for what is not done when this is imported; every command begins with it.
 
     A user without a home folder (an unknown number in a container) gets one in the folder for temporary files, where
     this and other libraries keep what they need not compute again.
@@ -25,10 +25,17 @@ def settle() -> None:
         Path.home()
     except RuntimeError:
         os.environ["HOME"], _has_home = str(_folder_of_mine()), False
+
+
+def _name_the_user() -> None:
+    """Name a user whom the system does not know: torch 2.11 asks for the name as soon as torchvision is imported."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = f"uid{os.getuid()}"
+
+
+_name_the_user()
 
 
 def _folder_of_mine() -> Path:

@@ -35,7 +35,7 @@ def start_wandb(folder: Path, config, first_step: int, keep: Callable[[str, str]
             id=name,
             name=printable(f"{config.MODEL.NAME} {config.TAG}"),
             config=yaml.safe_load(config.dump()),
-            dir=folder,
+            dir=str(folder),
             resume="allow",
             settings=wandb.Settings(console="off", silent=True),
         )
