@@ -164,7 +164,7 @@ class Calling:
         (timm.create_model, "timm.models._factory.create_model"),
         (partial, "functools.partial"),
         (nn.Linear, "torch.nn.modules.linear.Linear"),
-        (open, "io.open"),
+        (open, f"{open.__module__}.open"),  # io, and from Python 3.12 on _io
     ],
 )
 def test_what_would_run_is_refused_by_name(tmp_path, function, name, as_zip):
