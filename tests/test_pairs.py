@@ -1,6 +1,8 @@
 """Data sets of images with label maps: their layouts, and what training makes of a pair."""
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -88,12 +90,15 @@ def test_layouts_give_the_same_classes(tmp_path, make, zero):
 def test_a_mended_label_map_is_read_again(pairs, tmp_path):
     """Its folder has the same date; what is in the file decides."""
     shutil.copytree(pairs, tmp_path / "data")
-    path = tmp_path / "data/masks/train/000.png"
+    path, now = tmp_path / "data/masks/train/000.png", time.time()
     config = config_of(tmp_path / "data")
     before = np.array(Image.open(path))
     Image.fromarray(np.where(before == 1, 77, before).astype(np.uint8)).save(path)
+    for old in (tmp_path / "data").rglob("*"):  # what has just been written is looked at again in any case
+        os.utime(old, (now - 3600, now - 3600))
     assert open_pairs(config, training=True)[0].occurring()[77]
     Image.fromarray(before).save(path)
+    os.utime(path, (now - 1800, now - 1800))
     assert not open_pairs(config, training=True)[0].occurring()[77]
 
 
