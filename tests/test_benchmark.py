@@ -314,3 +314,11 @@ def test_a_segmenter_is_a_contender():
     for wrong in ("upernet/nothing", "upernet/plain_crossformer_micro"):
         with pytest.raises(UserError, match="there is no model"):
             check_names([wrong])
+
+
+def test_what_normalises_over_the_batch_is_not_timed_on_one_image(capsys):
+    assert (
+        benchmark.run_command(benchmark.benchmark, ["model", "--models", "upernet/swin_tiny", "--batch-sizes", "1"])
+        == 2
+    )
+    assert "--batch-sizes 1: upernet/swin_tiny has BatchNorm over single values" in capsys.readouterr().err

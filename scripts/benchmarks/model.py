@@ -40,6 +40,9 @@ def benchmark_model(arguments: Namespace) -> None:
     contenders.check_names(names)
     compiled = "" if arguments.compile == "none" else ", compiled"
     sizes = arguments.batch_sizes or ([1, 64, 256] if torch.cuda.is_available() else [1, 4])
+    for name in names:
+        if min(sizes) == 1 and contenders.head_of(name) == "upernet":
+            raise UserError(f"--batch-sizes 1: {name} has BatchNorm over single values; give 2 or more")
     report = race([name + compiled for name in names], sorted(set(sizes)), KINDS, arguments)
     draw_models(report, arguments.output / "benchmark_model.png")
     common.finish_report(report, tables(report), arguments.output)
@@ -111,7 +114,7 @@ def race(names: list[str], sizes: list[int], kinds: tuple[str, ...], arguments: 
 
 def count(one: Contender, kinds: tuple[str, ...], batch) -> dict[str, dict[str, int]]:
     """Count what it launches for one image, and what its kernels read and write for a batch, if that fits in memory."""
-    single = one.task.synthetic_batch(1)
+    single = one.task.synthetic_batch(2 if contenders.head_of(one.network) else 1)
     counts: dict[str, dict[str, int]] = {"kernels": {}, "moved_bytes": {}}
     for kind in kinds:
         one.model.train(kind == "training")
