@@ -15,6 +15,7 @@ from config import build_config
 from data.augmentation import Plan, build_train_stage, build_train_transform
 from engine.model import begin_step
 from engine.train import train
+from models.crossformer import fusion
 from tasks.classification import Classification
 from utils.randomness import seed_cpu
 
@@ -23,7 +24,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("name", ["crossformer_small", "crossformerpp_small"])
 @pytest.mark.parametrize("size", [(224, 224), (192, 640)])
-def test_same_logits_and_gradients_as_on_the_cpu(name, size):
+def test_same_logits_and_gradients_as_on_the_cpu(name, size, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # AMP none does so
     results = []
     for device in ("cpu", "cuda"):
         model = timm.create_model(name)
@@ -34,6 +36,34 @@ def test_same_logits_and_gradients_as_on_the_cpu(name, size):
         results.append((out.cpu(), [p.grad.norm().item() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-3)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["crossformer_small", "crossformerpp_small"])
+@pytest.mark.parametrize("recompute", [None, False, True])
+def test_the_kernels_compute_what_torch_does(name, recompute, monkeypatch):
+    """Beside single precision as near as torch's operations in half precision, and twice the same to the bit."""
+
+    monkeypatch.setattr(fusion, "LEAST_ELEMENTS", 0)
+
+    def gradients(fused: bool, dtype: torch.dtype) -> torch.Tensor:
+        monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", int(fused))
+        model = timm.create_model(name, depths=(2, 1, 3, 1), num_classes=10, drop_path_rate=0.5).cuda()
+        fill(model)
+        if recompute is not None:
+            model.set_grad_checkpointing(selective=recompute)
+        torch.manual_seed(0)
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            out = model(images(0, 8, 3, 208, 240).cuda())
+        out.float().square().mean().backward()
+        return torch.cat([out.flatten().float(), *(p.grad.flatten() for p in model.parameters())])
+
+    def error(got: torch.Tensor) -> float:
+        return ((got - expected).norm() / expected.norm()).item()
+
+    expected = gradients(False, torch.float32)
+    fused = gradients(True, torch.bfloat16)
+    assert torch.equal(fused, gradients(True, torch.bfloat16))
+    assert error(fused) < 1.2 * error(gradients(False, torch.bfloat16)) < 0.1
 
 
 def test_a_batch_with_more_groups_than_a_grid_dimension():

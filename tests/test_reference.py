@@ -5,10 +5,11 @@ import timm
 import torch
 from conftest import quick
 from test_crossformer import fill, images
+from test_stochastic_depth import factors_of
 from torch import nn
 
 from models.crossformer import VARIANTS, block
-from models.crossformer.stochastic_depth import Branches, add_branch, draw_branches
+from models.crossformer.stochastic_depth import Branches, draw_branches
 from models.reference import plain
 
 AT_224 = ("crossformer_small", "crossformerpp_small")
@@ -72,7 +73,7 @@ class Scale(nn.Module):
 
     def __init__(self, branches: Branches, batch: int):
         super().__init__()
-        self.factors = (add_branch(torch.zeros(batch, 1, 1, 1), torch.ones_like, drawn) for drawn in branches)
+        self.factors = (factors_of(drawn, batch) for drawn in branches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * next(self.factors)

@@ -6,10 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.crossformer.stochastic_depth import add_branch, computed_images, draw_branches
+from models.crossformer.fusion import add_branch
+from models.crossformer.stochastic_depth import Drawn, computed_images, draw_branches, pick
 from utils.counting import saved_bytes
 
 CPU = torch.device("cpu")
+
+
+def factors_of(drawn: Drawn | None, batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a branch of each image is multiplied with, ``(batch, 1, 1, 1)``."""
+    nothing = torch.zeros(batch, 1, 1, 1, dtype=dtype)
+    return add_branch(nothing, torch.ones_like(pick(nothing, drawn)), drawn)
 
 
 def factors(rates: tuple[float, ...], batch: int, draws: int) -> torch.Tensor:
@@ -18,7 +25,7 @@ def factors(rates: tuple[float, ...], batch: int, draws: int) -> torch.Tensor:
     drawn = []
     for _ in range(draws):
         branches = [drawn for block in draw_branches(rates, batch, torch.float32, CPU) for drawn in block]
-        drawn.append(torch.stack([add_branch(torch.zeros(batch, 1, 1, 1), torch.ones_like, d) for d in branches]))
+        drawn.append(torch.stack([factors_of(d, batch) for d in branches]))
     return torch.stack(drawn).reshape(draws, len(rates), 2, batch)
 
 
@@ -82,11 +89,15 @@ def test_blocks_that_are_not_trained_drop_nothing():
 def test_adding_a_branch(batch):
     """What multiplying every image's branch with its factor gives, and the same derivatives, the second too."""
     drawn = draw_branches((0.4,), batch, torch.float64, CPU)[0][0]
-    scale = add_branch(torch.zeros(batch, 1, 1, 1).double(), torch.ones_like, drawn)
+    scale = factors_of(drawn, batch, torch.float64)
+
+    def with_branch(x: torch.Tensor) -> torch.Tensor:
+        return add_branch(x, pick(x, drawn).sin(), drawn)
+
     x = torch.randn(batch, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(add_branch(x, torch.sin, drawn), x + scale * x.sin())
-    assert torch.autograd.gradcheck(lambda x: add_branch(x, torch.sin, drawn), x, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(lambda x: add_branch(x, torch.sin, drawn), x)
+    torch.testing.assert_close(with_branch(x), x + scale * x.sin())
+    assert torch.autograd.gradcheck(with_branch, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(with_branch, x)
 
 
 def test_under_autocast_as_cuda_has_it(monkeypatch):

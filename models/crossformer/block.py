@@ -12,10 +12,11 @@ from einops import rearrange
 from timm.layers import Mlp, register_notrace_module
 from torch import Tensor, nn
 
+from .fusion import LayerNorm, add_branch, fused_attention, is_fused
 from .grouping import Grouping
 from .position_bias import BiasCache, DynamicPositionBias, align_rows, mask_keys
-from .recomputing import recomputed
-from .stochastic_depth import Branches, add_branch, draw_branches
+from .recomputing import product_dtype, recomputed
+from .stochastic_depth import Branches, Drawn, draw_branches
 
 
 class CrossScaleAttention(nn.Module):
@@ -36,20 +37,31 @@ class CrossScaleAttention(nn.Module):
 
         Args:
             grouping: of this map.
-            bias: position bias, and -inf where the key is padding, ``(1 or groups, heads, N, N)``.
+            bias: position bias, ``(1, heads, N, N)``.
         """
         return self.attend(self.project(x, grouping), grouping, bias)
 
     def project(self, x: Tensor, grouping: Grouping) -> Tensor:
-        """``(B, H, W, C)`` to queries, keys and values in groups of N, ``(B * groups, N, 3 * C)``."""
-        return self.qkv(grouping.group(x.to(product_dtype(x))))  # cast first: the copy into groups is then smaller
+        """``(B, H, W, C)`` to queries, keys and values in groups of N, ``(B * groups, N, 3 * C)``.
+
+        Where one kernel does it all they stay a map, ``(B, H, W, 3 * C)``.
+        """
+        x = x.to(product_dtype(x))  # first: the copy into groups is then smaller
+        return self.qkv(x if self.is_fused(x, grouping) else grouping.group(x))
+
+    def is_fused(self, x: Tensor, grouping: Grouping) -> bool:
+        """Whether one kernel attends where the tokens lie, and nothing is copied into groups."""
+        return is_fused(x) and fused_attention.fits(grouping, x.shape[-1] // self.num_heads)
 
     def attend(self, qkv: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
         """What :meth:`project` returns, to ``(B, H, W, C)``; the other arguments are those of :meth:`forward`.
 
         Tokens go back to their places before the last product, which needs them contiguous anyway.
         """
+        if qkv.dim() == 4:
+            return self.proj(fused_attention.attend(qkv, bias[0], grouping))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        bias = mask_keys(bias, grouping)
         if bias.shape[0] > 1:
             bias = align_rows(bias.repeat(q.shape[0] // bias.shape[0], 1, 1, 1))
         if bias.requires_grad and not bias.is_cuda:
@@ -91,11 +103,11 @@ class CrossFormerBlock(nn.Module):
         self.interval = interval
         self.drop_path_rate = drop_path_rate
         self.recompute = "none"
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = CrossScaleAttention(dim, num_heads)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if amplitude_cooling else None
-        self.ex_ln: Any = nn.LayerNorm(dim) if amplitude_cooling else None
-        self.norm2 = nn.LayerNorm(dim)
+        self.ex_ln: Any = LayerNorm(dim) if amplitude_cooling else None
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, grouping: Grouping, bias: Tensor, drawn: Branches) -> Tensor:
@@ -106,24 +118,24 @@ class CrossFormerBlock(nn.Module):
             bias: as for :class:`CrossScaleAttention`.
             drawn: the images that keep attention, and those that keep the MLP.
         """
-        x = add_branch(x, lambda x: self.attention_branch(x, grouping, bias), drawn[0])
-        x = add_branch(x, self.mlp_branch, drawn[1])
+        x = add_branch(x, self.attention_branch(x, grouping, bias, drawn[0]), drawn[0])
+        x = add_branch(x, self.mlp_branch(x, drawn[1]), drawn[1])
         if self.ex_conv is not None:
             x = self.ex_ln(self.ex_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return x
 
-    def attention_branch(self, x: Tensor, grouping: Grouping, bias: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to the same shape."""
+    def attention_branch(self, x: Tensor, grouping: Grouping, bias: Tensor, drawn: Drawn | None) -> Tensor:
+        """``(B, H, W, C)`` to that of the images that keep it, ``(computed, H, W, C)``."""
         if not (self.recompute == "selective" and self.training):
-            return self.attn(self.norm1(x), grouping, bias)
-        qkv = recomputed(lambda x: self.attn.project(self.norm1(x), grouping), x)
+            return self.attn(self.norm1(x, drawn, for_product=True), grouping, bias)
+        qkv = recomputed(lambda x: self.attn.project(self.norm1(x, drawn, for_product=True), grouping), x)
         return recomputed(self.attn.attend, qkv, grouping, bias)
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to the same shape."""
+    def mlp_branch(self, x: Tensor, drawn: Drawn | None) -> Tensor:
+        """``(B, H, W, C)`` to that of the images that keep it, ``(computed, H, W, C)``."""
         if not (self.recompute == "selective" and self.training):
-            return self.mlp(self.norm2(x))
-        hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x)), x)
+            return self.mlp(self.norm2(x, drawn, for_product=True))
+        hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x, drawn, for_product=True)), x)
         return recomputed(lambda hidden: self.mlp.fc2(self.mlp.act(hidden)), hidden)
 
 
@@ -152,9 +164,8 @@ class Blocks(nn.ModuleList):
         groupings = [Grouping.of(height, width, block.group_size, block.interval) for block in self]
         biases = self.bias_cache.biases([block.attn.pos for block in self], groupings, dtype)
         rates = tuple(block.drop_path_rate if block.training else 0.0 for block in self)
-        branches = draw_branches(rates, x.shape[0], dtype, x.device)
+        branches = draw_branches(rates, x.shape[0], torch.float32 if is_fused(x) else dtype, x.device)
         for block, grouping, bias, drawn in zip(self, groupings, biases, branches, strict=True):
-            bias = mask_keys(bias, grouping)
             if block.recompute == "full" and block.training:
                 x = recomputed(block, x, grouping, bias, drawn)
             else:
@@ -173,12 +184,3 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to the same shape; ``downsample`` is not applied."""
         return self.blocks(x)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of ``x`` are computed in."""
-    kind = x.device.type
-    # Of all devices that networks run on, meta alone knows nothing of autocast; not every torch.compile can follow
-    # torch.amp.is_autocast_available
-    autocasts = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocasts else x.dtype

@@ -7,13 +7,17 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .recomputing import recomputed
+from .fusion import LayerNorm, is_fused
+from .recomputing import product_dtype, recomputed
 
 MIN_IMAGE_SIZE = 32
 PATCH_KERNELS = (4, 8, 16, 32)
 PATCH_STRIDE = 4
 CELL_KERNEL = 16
 """From this size on a kernel of the first embedding is trained on a map of cells."""
+
+CHANNELS_AT_ONCE = 64
+"""A GPU's convolution with as many output channels as a multiple of this takes its fast kernels."""
 
 REDUCTION_KERNELS = (2, 4)
 REDUCTION_STRIDE = 2
@@ -33,14 +37,35 @@ class PatchEmbed(nn.Module):
             nn.Conv2d(in_chans, dim, kernel, stride=PATCH_STRIDE, padding=(kernel - PATCH_STRIDE) // 2)
             for dim, kernel in zip(dims, PATCH_KERNELS, strict=True)
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
             raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
-        x = torch.cat([self.project(x, proj) for proj in self.projs], dim=1)
+        if is_fused(x):
+            x = self.project_together(x)
+        else:
+            x = torch.cat([self.project(x, proj) for proj in self.projs], dim=1)
         return self.norm(x.permute(0, 2, 3, 1))
+
+    def project_together(self, x: Tensor) -> Tensor:
+        """All of ``projs`` for matrix units: the smallest kernel is a product, the others are one convolution.
+
+        Each of the larger ones alone takes as long there as all of them, since a convolution's channels are computed
+        by the 64. So they grow to the largest, with zeros around.
+        """
+        x = x.to(product_dtype(x))
+        smallest, *others = self.projs
+        cells = cells_of(x, smallest).permute(0, 2, 3, 1)
+        tokens = F.linear(cells, F.pixel_unshuffle(smallest.weight, PATCH_STRIDE).flatten(1), smallest.bias)
+        largest = others[-1].kernel_size[0]
+        weight = torch.cat([F.pad(proj.weight, [(largest - proj.kernel_size[0]) // 2] * 4) for proj in others])
+        bias = torch.cat([proj.bias for proj in others])
+        missing = -len(bias) % CHANNELS_AT_ONCE
+        weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(bias, (0, missing))
+        map = F.conv2d(cells_of(x, others[-1]), F.pixel_unshuffle(weight, PATCH_STRIDE), bias)
+        return torch.cat([tokens.permute(0, 3, 1, 2), map[:, : map.shape[1] - missing]], dim=1)
 
     def project(self, x: Tensor, proj: nn.Conv2d) -> Tensor:
         """``proj(x)``; a large one, when trained, on cells: the gradient of its weights takes a third of the time."""
@@ -50,18 +75,22 @@ class PatchEmbed(nn.Module):
 
 
 def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:
-    """``proj(x)`` on a map of cells (space to depth).
+    """``proj(x)`` on a map of cells, with stride 1 and a kernel that is 4 times smaller on each side."""
+    return F.conv2d(cells_of(x, proj), F.pixel_unshuffle(proj.weight, PATCH_STRIDE), proj.bias)
 
-    The pixels of a cell, as large as the stride, become channels: 48 instead of 3. Then the stride is 1 and the kernel
-    4 times smaller on each side, which is how matrix units like a convolution.
+
+def cells_of(x: Tensor, proj: nn.Conv2d) -> Tensor:
+    """The map of cells (space to depth) that ``proj`` sees, ``(B, 48, H', W')``.
+
+    The pixels of a cell, as large as the stride, become channels: 48 instead of 3, which is how matrix units like it.
     """
-    stride, padding = proj.stride[0], int(proj.padding[0])
-    needed = (stride * (size // stride - 1) + proj.kernel_size[0] for size in x.shape[-2:])
+    padding = int(proj.padding[0])
+    needed = (PATCH_STRIDE * (size // PATCH_STRIDE - 1) + proj.kernel_size[0] for size in x.shape[-2:])
     bottom, right = (pixels - size - padding for pixels, size in zip(needed, x.shape[-2:], strict=True))
-    cells = F.pixel_unshuffle(F.pad(x, (padding, right, padding, bottom)), stride)
+    cells = F.pixel_unshuffle(F.pad(x, (padding, right, padding, bottom)), PATCH_STRIDE)
     if x.is_contiguous(memory_format=torch.channels_last):
         cells = cells.contiguous(memory_format=torch.channels_last)  # on CUDA they are not
-    return F.conv2d(cells, F.pixel_unshuffle(proj.weight, stride), proj.bias)
+    return cells
 
 
 class PatchMerging(nn.Module):
@@ -76,9 +105,9 @@ class PatchMerging(nn.Module):
             nn.Conv2d(dim, dim, kernel, stride=REDUCTION_STRIDE, padding=(kernel - REDUCTION_STRIDE) // 2)
             for kernel in REDUCTION_KERNELS
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H // 2, W // 2, 2C)``."""
-        x = self.norm(x).permute(0, 3, 1, 2)
+        x = self.norm(x, for_product=True).permute(0, 3, 1, 2)
         return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)

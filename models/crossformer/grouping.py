@@ -95,6 +95,11 @@ class Grouping(NamedTuple):
         return make(self, device)
 
 
+def power_of_two(number: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << (number - 1).bit_length()
+
+
 def may_cache() -> bool:
     """Whether tensors are real ones: a compiler folds them itself, and a cache would make it compile again."""
     return not torch.compiler.is_compiling() and type(torch.empty(0)) is Tensor

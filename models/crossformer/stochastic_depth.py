@@ -6,7 +6,6 @@ chance, but for a fraction. So it is known before anything is drawn, and shapes 
 """
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -68,14 +67,9 @@ def computed_images(rate: float, batch: int) -> int:
     return min(batch, math.ceil(batch * (1 - rate) / share) * share)
 
 
-def add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], drawn: Drawn | None) -> Tensor:
-    """``x`` and its residual branch where that is kept, ``(B, H, W, C)``."""
-    if drawn is None:
-        return x + branch(x)
-    if drawn.images is None or drawn.places is None:
-        return x + branch(x) * drawn.scale
-    computed = branch(x.index_select(0, drawn.images))
-    return x + computed.index_select(0, drawn.places) * drawn.scale
+def pick(x: Tensor, drawn: Drawn | None) -> Tensor:
+    """Give the images for which a branch is computed, ``(computed, H, W, C)`` of ``(B, H, W, C)``."""
+    return x if drawn is None or drawn.images is None else x.index_select(0, drawn.images)
 
 
 def _limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
