@@ -44,8 +44,8 @@ def check_attention() -> None:
         grouping = Grouping.of(height, width, size, interval)
         n = grouping.rows * grouping.columns
         qkv = torch.randn(2, height, width, 3 * heads * channels).half().requires_grad_()
-        bias = torch.randn(heads, n, n, requires_grad=True)
-        gradient = torch.randn(2, height, width, heads * channels).half().float()
+        bias = torch.randn(heads, n, n + 7)[..., :n].requires_grad_()  # as align_rows leaves it
+        gradient = torch.randn(2, heads * channels, height, width).half().float().permute(0, 2, 3, 1)
         fused = with_gradients(fused_attention.attend(qkv, bias, grouping), (qkv, bias), gradient.half())
         attention = CrossScaleAttention(heads * channels, heads)
         attention.proj = torch.nn.Identity()
@@ -55,7 +55,7 @@ def check_attention() -> None:
 
 def check_residual(rate: float, width: int) -> None:
     batch = 6
-    drawn = draw_branches((rate,), batch, torch.float32, torch.device("cpu"))[0][0]
+    drawn = draw_branches((rate,), batch, torch.device("cpu"))[0][0]
     assert drawn is None or (drawn.images is None) == (computed_images(rate, batch) == batch)
     x = torch.randn(batch, 3, 5, width, requires_grad=True)
     norm = LayerNorm(width)
@@ -68,6 +68,7 @@ def check_residual(rate: float, width: int) -> None:
     compare(f"norm, {rate}", with_gradients(fused, inputs, gradient), with_gradients(norm(x, drawn), inputs, gradient))
     if drawn is not None:
         branch, gradient = torch.randn_like(fused).half().requires_grad_(), torch.randn_like(x)
+        assert not fused_residual.add_branch(x, branch * torch.inf, drawn.scale * 0, *drawn[1:]).isnan().any()
         fused = fused_residual.add_branch(x, branch, *drawn)
         plain = add_branch(x, branch.float(), drawn)
         inputs = (x, branch)

@@ -24,7 +24,7 @@ def factors(rates: tuple[float, ...], batch: int, draws: int) -> torch.Tensor:
     torch.manual_seed(0)
     drawn = []
     for _ in range(draws):
-        branches = [drawn for block in draw_branches(rates, batch, torch.float32, CPU) for drawn in block]
+        branches = [drawn for block in draw_branches(rates, batch, CPU) for drawn in block]
         drawn.append(torch.stack([factors_of(d, batch) for d in branches]))
     return torch.stack(drawn).reshape(draws, len(rates), 2, batch)
 
@@ -71,9 +71,9 @@ def test_few_images_are_computed_in_vain(rate, batch):
 
 def test_nothing_is_drawn_where_nothing_can_be_dropped():
     state = torch.get_rng_state()
-    assert draw_branches((0.0, 0.0), 8, torch.float32, CPU) == [(None, None)] * 2
+    assert draw_branches((0.0, 0.0), 8, CPU) == [(None, None)] * 2
     assert torch.equal(torch.get_rng_state(), state)
-    assert draw_branches((0.0, 0.3), 8, torch.float32, CPU)[0] == (None, None)
+    assert draw_branches((0.0, 0.3), 8, CPU)[0] == (None, None)
 
 
 def test_blocks_that_are_not_trained_drop_nothing():
@@ -88,7 +88,7 @@ def test_blocks_that_are_not_trained_drop_nothing():
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_adding_a_branch(batch):
     """What multiplying every image's branch with its factor gives, and the same derivatives, the second too."""
-    drawn = draw_branches((0.4,), batch, torch.float64, CPU)[0][0]
+    drawn = draw_branches((0.4,), batch, CPU)[0][0]
     scale = factors_of(drawn, batch, torch.float64)
 
     def with_branch(x: torch.Tensor) -> torch.Tensor:

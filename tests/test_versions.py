@@ -44,8 +44,9 @@ def test_the_package_allows_what_the_trainer_allows():
         assert requirement.specifier == ALLOWED[canonicalize_name(requirement.name)].specifier, requirement.name
 
 
-EXTRAS = {"onnxruntime", "wandb", "nvidia"}
-"""What is imported only where somebody asks for it, with an error of our own where it is missing."""
+EXTRAS = {"onnxruntime", "wandb", "nvidia", "triton"}
+"""What is imported only where somebody asks for it, with an error of our own where it is missing; and Triton, which
+comes with torch's builds for GPUs."""
 
 
 def test_running_needs_no_package_of_the_tests():

@@ -164,7 +164,7 @@ class Blocks(nn.ModuleList):
         groupings = [Grouping.of(height, width, block.group_size, block.interval) for block in self]
         biases = self.bias_cache.biases([block.attn.pos for block in self], groupings, dtype)
         rates = tuple(block.drop_path_rate if block.training else 0.0 for block in self)
-        branches = draw_branches(rates, x.shape[0], torch.float32 if is_fused(x) else dtype, x.device)
+        branches = draw_branches(rates, x.shape[0], x.device)
         for block, grouping, bias, drawn in zip(self, groupings, biases, branches, strict=True):
             if block.recompute == "full" and block.training:
                 x = recomputed(block, x, grouping, bias, drawn)

@@ -43,7 +43,7 @@ class PatchEmbed(nn.Module):
         """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
         if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
             raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
-        if is_fused(x):
+        if is_fused(x) and not any(map(is_altered, self.projs)):
             x = self.project_together(x)
         else:
             x = torch.cat([self.project(x, proj) for proj in self.projs], dim=1)
@@ -72,6 +72,11 @@ class PatchEmbed(nn.Module):
         if self.training and torch.is_grad_enabled() and proj.kernel_size[0] >= CELL_KERNEL:
             return recomputed(convolve_cells, x, proj)  # else the cells, as large as the image, would be kept
         return proj(x)
+
+
+def is_altered(proj: nn.Conv2d) -> bool:
+    """Whether it has to be called: it has hooks, or a parametrisation or wrapper has made it something else."""
+    return type(proj) is not nn.Conv2d or bool(proj._forward_hooks or proj._forward_pre_hooks)
 
 
 def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:

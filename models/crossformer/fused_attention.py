@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .grouping import Grouping, power_of_two
+from .grouping import Grouping, on_device_of, power_of_two
 
 LARGEST_GROUP = 64
 HEAD_CHANNELS = 16, 32, 64
@@ -164,4 +164,5 @@ def attend(qkv: Tensor, bias: Tensor, grouping: Grouping) -> Tensor:
     Returns:
         ``(B, H, W, C)``
     """
-    return Attend.apply(qkv, bias, grouping.rows, grouping.columns, grouping.interval)
+    with on_device_of(qkv):
+        return Attend.apply(qkv, bias, grouping.rows, grouping.columns, grouping.interval)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .grouping import power_of_two
+from .grouping import on_device_of, power_of_two
 
 ELEMENTS = 4096
 """Of a program's tile: 32 for each thread."""
@@ -179,7 +179,8 @@ def layer_norm(
     Returns:
         ``(computed, ..., C)``
     """
-    return LayerNorm.apply(x, weight, bias, images, places, eps, dtype)
+    with on_device_of(x):
+        return LayerNorm.apply(x, weight, bias, images, places, eps, dtype)
 
 
 def add_branch(
@@ -192,4 +193,5 @@ def add_branch(
         branch: of ``images``, ``(computed, ..., C)``; the other arguments are as for :func:`layer_norm`.
         scale: ``B`` numbers.
     """
-    return AddBranch.apply(x, branch, scale, images, places)
+    with on_device_of(x):
+        return AddBranch.apply(x, branch, scale, images, places)

@@ -1,7 +1,7 @@
 """Whether the Triton kernels of this package take a tensor's place in torch's operations."""
 
 import torch
-from timm.layers import use_fused_attn
+from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from .recomputing import product_dtype
@@ -23,19 +23,25 @@ def is_fused(x: Tensor) -> bool:
     """Whether these kernels compute with ``x``: large, on a GPU, in half precision, and nobody looks at operations.
 
     ``timm.layers.set_fused_attn(False)``, or TIMM_FUSED_ATTN=0 in the environment, keeps to torch's operations; so do
-    exporters, tracers and the transformations of torch.func.
+    exporters, tracers, the transformations of torch.func and subclasses of tensors.
     """
     if fused_attention is None or not x.is_cuda or not use_fused_attn():
         return False
     if product_dtype(x) not in (torch.bfloat16, torch.float16) or torch.version.cuda is None:
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    if x.numel() < LEAST_ELEMENTS or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return not torch.compiler.is_exporting() and x.numel() > 0
+    if (
+        x.numel() < LEAST_ELEMENTS
+        or type(x) is not Tensor
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False
     return torch.cuda.get_device_properties(x.device).major >= LEAST_CAPABILITY
 
 
+@register_notrace_module  # torch.fx cannot follow where a tensor lies
 class LayerNorm(nn.LayerNorm):
     """Torch's layer norm; one kernel also picks the images that a branch is computed for, and casts."""
 
@@ -63,5 +69,5 @@ def add_branch(x: Tensor, branch: Tensor, drawn: Drawn | None) -> Tensor:
     if is_fused(x):
         return fused_residual.add_branch(x, branch, *drawn)
     if drawn.images is None or drawn.places is None:
-        return x + branch * drawn.scale
-    return x + branch.index_select(0, drawn.places) * drawn.scale
+        return x + branch * drawn.scale.to(branch.dtype)
+    return x + branch.index_select(0, drawn.places) * drawn.scale.to(branch.dtype)

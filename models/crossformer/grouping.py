@@ -1,5 +1,6 @@
 """How a token map is cut into groups that attend among themselves: short and long distance, padding and offsets."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -93,6 +94,11 @@ class Grouping(NamedTuple):
             return None
         make = _cached_key_mask if may_cache() else _key_mask
         return make(self, device)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Make its GPU the current one, on which Triton starts kernels; a compiler sees to that itself."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def power_of_two(number: int) -> int:

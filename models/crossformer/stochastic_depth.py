@@ -33,7 +33,7 @@ Branches = tuple[Drawn | None, Drawn | None]
 """Of a block: for its attention and for its MLP; None where nothing is dropped."""
 
 
-def draw_branches(rates: tuple[float, ...], batch: int, dtype: torch.dtype, device: torch.device) -> list[Branches]:
+def draw_branches(rates: tuple[float, ...], batch: int, device: torch.device) -> list[Branches]:
     """What to drop in a batch of ``batch`` images, for a stage whose blocks have these rates.
 
     For each branch the images are put in a random order. The first ``batch * (1 - rate)`` of them keep it, and the
@@ -44,7 +44,7 @@ def draw_branches(rates: tuple[float, ...], batch: int, dtype: torch.dtype, devi
     keep_rates, limits, sizes = (_cached_limits if may_cache() else _limits)(rates, batch, device)
     places = torch.rand(len(rates), 2, batch, dtype=torch.float32, device=device).argsort(dim=-1)
     is_kept = torch.rand(len(rates), 2, 1, dtype=torch.float32, device=device) < limits
-    scale = (is_kept / keep_rates).to(dtype).gather(-1, places).reshape(len(rates), 2, batch, 1, 1, 1)
+    scale = (is_kept / keep_rates).gather(-1, places).reshape(len(rates), 2, batch, 1, 1, 1)
     if computed_images(max(rates), batch) < batch:
         # Images that lose the branch are spread over the computed ones: their gradients, all 0, are added there.
         images, places = places.argsort(dim=-1), places.remainder(sizes)
