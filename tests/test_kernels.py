@@ -52,8 +52,6 @@ def test_precision_of_norms(monkeypatch):
     model = timm.create_model("crossformerpp_small", depths=(4,), num_heads=(2,), group_size=(7,), interval=(8,))
     monkeypatch.setattr(fusion.fused_residual, "layer_norm", layer_norm)
     monkeypatch.setattr(fusion, "is_fused", lambda x: True)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.eval()(torch.randn(1, 3, 64, 64))
     halves = [dtype for _, dtype in asked].count(torch.bfloat16)

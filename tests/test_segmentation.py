@@ -234,6 +234,27 @@ def test_export(trained, tmp_path, form, more):
     assert "it takes one size: evaluation brings images within 160 x 64 pixels" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_other_backbones_train_two_steps_and_export(pairs, tmp_path, backbone):
+    flags = ("--batch-size", "2", "--opts", "MODEL.NAME", backbone, "MODEL.DROP_PATH_RATE", "0")
+    if backbone.startswith("swin"):
+        flags += ("MODEL.KWARGS", "{strict_img_size: False}")
+    flags += ("DATA.NUM_WORKERS", "0")
+    flags += ("DATA.IMG_SIZE", "64", "AUG.RESIZE", "[160, 64]", "TEST.RESIZE", "[160, 64]", "TRAIN.STEPS", "2")
+    flags += ("TRAIN.WARMUP_STEPS", "1", "TRAIN.EVAL_EVERY_STEPS", "2", "PRINT_FREQ", "1", "--data-path", pairs)
+    done = start("main.py", *RUN[:4], *flags, "--output", tmp_path, fresh=True)
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = tmp_path.glob("*/run/checkpoints/last.pth")
+    lines = [json.loads(line) for line in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2]
+    for form in ("onnx", "torch_export"):
+        words = ("--checkpoint", checkpoint, "--format", form, "--to", tmp_path / form, "--image-size", "64", "96")
+        done = start("scripts/export.py", *words, fresh=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "largest difference of a logit to the model's own: " in done.stdout
+
+
 def test_export_for_timm_is_refused(trained, tmp_path):
     words = ("--checkpoint", trained.results / "checkpoints/last.pth", "--format", "hf", "--to", tmp_path / "out")
     done = start("scripts/export.py", *words)

@@ -56,7 +56,7 @@ class LayerNorm(nn.LayerNorm):
         if not is_fused(input) or self.weight is None or self.bias is None:
             return super().forward(pick(input, drawn))
         dtype = product_dtype(input)
-        if not for_product and torch.is_autocast_enabled("cuda"):
+        if not for_product and torch.is_autocast_enabled(input.device.type):
             dtype = torch.float32
         images, places = (None, None) if drawn is None else (drawn.images, drawn.places)
         return fused_residual.layer_norm(input, self.weight, self.bias, self.eps, dtype, images, places)
