@@ -21,14 +21,15 @@ def draw_pair(number: int) -> tuple[np.ndarray, np.ndarray]:
     return image.astype(np.uint8), labels
 
 
-def write_pairs(root: Path, train: int = 13, val: int = 7) -> Path:
-    """Write ``images/{train,val}``, ``masks/{train,val}`` and ``classes.txt``."""
+def write_pairs(root: Path, train: int = 13, val: int = 7, void: int = 255) -> Path:
+    """Write ``images/{train,val}``, ``masks/{train,val}``, where no class is ``void``, and ``classes.txt``."""
     for split, count, first in (("train", train, 0), ("val", val, 1000)):
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)
         for i in range(count):
             image, labels = draw_pair(first + i)
             Image.fromarray(image).save(root / "images" / split / f"{i:03d}.png")
+            labels[labels == 255] = void
             Image.fromarray(labels).save(root / "masks" / split / f"{i:03d}.png")
     (root / "classes.txt").write_text("\n".join(CLASSES))
     return root

@@ -71,6 +71,7 @@ def place(tmp_path_factory) -> Path:
     shutil.copy(next((root / "my_photos").iterdir()), root / "image.png")
     write_pairs(root / "my_data")
     write_pairs(root / "ade20k")
+    write_pairs(root / "camvid", void=11)
     write_pairs(root / "nuclei")
     (root / "my.yaml").write_text("BASE: configs/base.yaml\nTRAIN:\n  EMA_DECAY: 0.9999\n")
     for name in ("crossformer-s.pth", "crossformer-b.pth"):
@@ -95,7 +96,7 @@ def there(request, monkeypatch):
 def in_place(words: list[str], place: Path) -> list[str]:
     """The words, with what stands in for what the reader has."""
     absolute = {"/imagenet": "imagenet", "/imagenet_v2": "imagenet_v2", "/imagenet_a": "imagenet_a"}
-    absolute |= {"/ade20k": "ade20k", "/shards_ade20k": "shards_ade20k", "my_data": "my_data"}
+    absolute |= {"/ade20k": "ade20k", "/shards_ade20k": "shards_ade20k", "my_data": "my_data", "/camvid": "camvid"}
     absolute |= {f"examples/nuclei{below}": f"nuclei{below}" for below in ("", "/images/val")}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
