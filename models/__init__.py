@@ -2,16 +2,19 @@
 
 from models import crossformer
 from models.build import build_model, build_segmenter, left_out
-from models.heads import Segmenter, create_segmenter
-from models.weights import load_segmenter, load_weights
+from models.heads import Detector, Segmenter, create_detector, create_segmenter
+from models.weights import load_detector, load_segmenter, load_weights
 
 __all__ = [
+    "Detector",
     "Segmenter",
     "build_model",
     "build_segmenter",
+    "create_detector",
     "create_segmenter",
     "crossformer",
     "left_out",
+    "load_detector",
     "load_segmenter",
     "load_weights",
 ]

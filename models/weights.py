@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.build import build_model
 from models.crossformer import VARIANTS
 from models.crossformer.network import WRAPPERS
-from models.heads import Segmenter
+from models.heads import Detector, Segmenter, from_published
 from utils.compat import timm_converter
 from utils.errors import UserError
 
@@ -58,6 +58,7 @@ def load_weights(
     *,
     allow_new_head: bool,
     unused: Container[str] = frozenset(),
+    classes_of: Callable[[int], int] = int,
 ) -> Loaded:
     """Copy ``state_dict`` (published, ours or from timm) into ``model``; every weight must match, and be a number.
 
@@ -67,6 +68,7 @@ def load_weights(
         source: where it came from, for errors.
         allow_new_head: when the number of classes differs, leave the head as it is instead of raising.
         unused: what the file may have besides and the model has not.
+        classes_of: how many classes so many outputs of the last layer tell apart.
 
     Raises:
         UserError: a weight is missing, left over, of another shape or kind, or not finite.
@@ -78,7 +80,8 @@ def load_weights(
     own = model.state_dict()
     heads = _heads(cast(Any, model).pretrained_cfg["classifier"])
     head = tuple(f"{name}." for name in heads)
-    classes_in_file = _rows(weights.get(f"{heads[0]}.weight"))
+    rows = _rows(weights.get(f"{heads[0]}.weight"))
+    classes_in_file = None if rows is None else classes_of(rows)
     new_head = classes_in_file != model.num_classes
     if new_head and not allow_new_head:
         raise UserError(
@@ -121,6 +124,24 @@ def load_segmenter(model: Segmenter, state_dict: dict[str, Tensor], source: str)
         f"the last layer is new ({loaded.classes_in_file} classes in the file)" if loaded.new_head else "the head too"
     )
     return [f"{loaded.matched} weights matched, {last}", *loaded.notes]
+
+
+def load_detector(model: Detector, state_dict: dict[str, Tensor], source: str) -> list[str]:
+    """Copy a detector's weights, ours or published, into ``model``, or those of a classifier into its backbone.
+
+    Returns:
+        a line that says which of both, and the notes of :func:`load_weights`.
+
+    Raises:
+        UserError: as :func:`load_weights`.
+    """
+    weights = from_published(state_dict)
+    if not any("neck.fpn_convs." in key for key in weights):
+        loaded = load_weights(model.backbone, state_dict, source, allow_new_head=True, unused=model.removed)
+        return [f"{loaded.matched} weights of the backbone matched, the head is new", *loaded.notes]
+    loaded = load_weights(model, weights, source, allow_new_head=True, classes_of=model.classes_of)
+    last = f"the last layers are new ({loaded.classes_in_file} classes in the file)"
+    return [f"{loaded.matched} weights matched, {last if loaded.new_head else 'the head too'}", *loaded.notes]
 
 
 def fit(state_dict: dict[str, Tensor], model: nn.Module, source: str) -> Fitted:

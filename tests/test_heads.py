@@ -1,14 +1,12 @@
 """The heads against the outputs of the published ones (tests/data/dense_heads), and on backbones of others."""
 
-import json
-import zlib
-
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from dense_reference import GROUPS, check, images, read
 from torch import Tensor, nn
 
 from config import build_config
@@ -17,8 +15,6 @@ from models import build_segmenter, create_segmenter, load_segmenter
 from tasks.segmentation import Segmentation
 from utils.errors import UserError
 
-REFERENCE = ROOT / "tests/data/dense_heads"
-GROUPS = dict(group_size=(7, 7, 7, 7), interval=(8, 4, 2, 1))
 PARAMETERS = {
     "semantic_fpn_small": 34_260_000, "semantic_fpn_pp_small": 27_061_578, "semantic_fpn_base": 55_574_160,
     "semantic_fpn_pp_base": 55_597_200, "semantic_fpn_large": 95_440_158, "upernet_small": 62_308_022,
@@ -32,52 +28,19 @@ CASES = [
 ]
 
 
-def weight(key: str, shape: list[int], special: dict) -> Tensor:
-    """What the reference's rule gives a key."""
-    drawn = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF).standard_normal(shape).astype(np.float32)
-    if key.endswith("num_batches_tracked"):
-        return torch.zeros((), dtype=torch.long)
-    if len(shape) >= 2:
-        drawn *= np.float32(np.prod(shape[1:])) ** np.float32(-0.5)
-    elif key.endswith(".weight"):
-        drawn = 1 + np.float32(0.1) * drawn
-    elif key.endswith(".running_var"):
-        drawn = 1 + np.float32(0.1) * np.abs(drawn)
-    else:
-        drawn = np.float32(0.1) * drawn
-    multiplier, offset = special.get(key, (1, 0))
-    return torch.from_numpy(np.float32(multiplier) * drawn + np.float32(offset))
-
-
 def reference(variant: str, head: str) -> tuple[dict, dict, nn.Module]:
     """What was measured, and the network with the reference's weights."""
-    told = json.loads((REFERENCE / f"{variant}_{head}.json").read_text())
-    with np.load(REFERENCE / f"{variant}_{head}.npz") as arrays:
-        measured = {key: torch.from_numpy(arrays[key]) for key in arrays}
+    told, measured, weights = read(variant, head)
     model = create_segmenter(head, f"crossformer_{variant}", 150, 0.0, **GROUPS if variant == "small" else {})
-    keys = told["state_dict"]
-    assert {key: list(value.shape) for key, value in model.state_dict().items()} == keys
-    model.load_state_dict({key: weight(key, shape, told["special_fill"]) for key, shape in keys.items()})
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == told["state_dict"]
+    model.load_state_dict(weights)
     return told, measured, model
-
-
-def images(seed: int, count: int) -> Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal((count, 3, 160, 224)).astype(np.float32))
 
 
 def labels() -> Tensor:
     drawn = np.random.RandomState(7).randint(0, 160, (2, 10, 14))
     drawn[drawn >= 150] = 255
     return torch.from_numpy(drawn.repeat(16, 1).repeat(16, 2)).to(torch.uint8)
-
-
-def check(measured: dict, name: str, value: Tensor, atol: float = 1e-4) -> None:
-    assert list(value.shape) == measured[f"{name}_shape"].tolist()
-    value, samples = value.detach(), measured[f"{name}_samples"]
-    places = np.linspace(0, value.numel() - 1, len(samples)).astype(np.int64)
-    torch.testing.assert_close(value.flatten()[places].float(), samples, rtol=0, atol=atol)
-    of_all = torch.stack([value.mean(), value.std(correction=0), value.abs().max()]).float()
-    torch.testing.assert_close(of_all, measured[f"{name}_mean_std_absmax"], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("variant", "head"), CASES)

@@ -1,5 +1,16 @@
 """Heads for dense tasks, on any backbone of timm's. Pure torch; published files load as they are."""
 
+from models.heads.detector import DETECTORS, Detector, create_detector
+from models.heads.published import from_published
 from models.heads.segmenter import HEADS, AtImageSize, Segmenter, create_segmenter
 
-__all__ = ["HEADS", "AtImageSize", "Segmenter", "create_segmenter"]
+__all__ = [
+    "DETECTORS",
+    "HEADS",
+    "AtImageSize",
+    "Detector",
+    "Segmenter",
+    "create_detector",
+    "create_segmenter",
+    "from_published",
+]

@@ -14,9 +14,9 @@ def conv_norm(in_channels: int, channels: int, kernel: int = 1) -> nn.Sequential
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(channels), relu=nn.ReLU(inplace=True)))
 
 
-def bare_conv(in_channels: int, channels: int, kernel: int = 1) -> nn.Sequential:
-    """Build a convolution with a bias that keeps the size, with the key ``conv``."""
-    conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2)
+def bare_conv(in_channels: int, channels: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
+    """Build a convolution with a bias that keeps the size, or divides it by ``stride``, with the key ``conv``."""
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, padding=kernel // 2)
     nn.init.xavier_uniform_(conv.weight)
     nn.init.zeros_(cast(Tensor, conv.bias))
     return nn.Sequential(OrderedDict(conv=conv))

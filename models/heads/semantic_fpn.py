@@ -1,39 +1,17 @@
 """Semantic FPN: a feature pyramid whose levels are all brought to the largest map and added.
 
-Sources: Kirillov et al., arXiv 1901.02446, section 3; the pyramid is that of Lin et al., arXiv 1612.03144.
-State-dict keys are those of published files: ``neck.`` and ``decode_head.``.
+Source: Kirillov et al., arXiv 1901.02446, section 3. State-dict keys are those of published files: ``decode_head.``.
 """
 
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import bare_conv, classifier, conv_norm, resize, size_of
+from .fpn import PYRAMID_CHANNELS
+from .layers import classifier, conv_norm, resize, size_of
 
-PYRAMID_CHANNELS, HEAD_CHANNELS = 256, 128
-
-
-class FPN(nn.Module):
-    """A feature pyramid: each map, and what the coarser ones know, with the same number of channels.
-
-    Args:
-        in_channels: of the maps, from the finest to the coarsest.
-        channels: of each level of the result.
-    """
-
-    def __init__(self, in_channels: Sequence[int], channels: int = PYRAMID_CHANNELS):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(bare_conv(each, channels) for each in in_channels)
-        self.fpn_convs = nn.ModuleList(bare_conv(channels, channels, 3) for _ in in_channels)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Turn maps ``(B, C_i, H_i, W_i)`` into levels ``(B, channels, H_i, W_i)``."""
-        levels = [conv(each) for conv, each in zip(self.lateral_convs, maps, strict=True)]
-        for finer, coarser in zip(range(len(levels) - 2, -1, -1), range(len(levels) - 1, 0, -1), strict=True):
-            levels[finer] = levels[finer] + F.interpolate(levels[coarser], size=size_of(levels[finer]), mode="nearest")
-        return [conv(level) for conv, level in zip(self.fpn_convs, levels, strict=True)]
+HEAD_CHANNELS = 128
 
 
 class SemanticFPNHead(nn.Module):
