@@ -11,6 +11,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+CPU = torch.device("cpu")
 RATIOS = 0.5, 1.0, 2.0
 """Height over width."""
 
@@ -25,9 +26,12 @@ class ExactAnchors(AnchorGenerator):
 
     def __init__(self, strides: Sequence[int], scales: Sequence[float]):
         self.strides = tuple(strides)
-        super().__init__(tuple(tuple(stride * scale for scale in scales) for stride in strides), (RATIOS,) * len(strides))
+        self.cell_anchors: list[Tensor]
+        super().__init__(
+            tuple(tuple(stride * scale for scale in scales) for stride in strides), (RATIOS,) * len(strides)
+        )
 
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=torch.device("cpu")) -> Tensor:
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device=CPU) -> Tensor:
         """Give the anchors around the origin, ``(ratios * scales, 4)``."""
         sides = [(side / ratio**0.5 / 2, side * ratio**0.5 / 2) for ratio in aspect_ratios for side in scales]
         return torch.tensor([[-x, -y, x, y] for x, y in sides], dtype=dtype, device=device)
@@ -40,7 +44,7 @@ class ExactAnchors(AnchorGenerator):
             self.cell_anchors = [self.generate_anchors(sides, ratios, dtype, device) for sides, ratios in kinds]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Give the anchors of all levels for each image, ``(N, 4)`` in pixels, in order of level, y, x, ratio, scale."""
+        """Give the anchors of all levels for each image, ``(N, 4)`` in pixels: by level, y, x, ratio, scale."""
         first = feature_maps[0]
         self.set_cell_anchors(torch.promote_types(first.dtype, torch.float32), first.device)
         sizes = [list(each.shape[-2:]) for each in feature_maps]
@@ -50,7 +54,7 @@ class ExactAnchors(AnchorGenerator):
 
 
 class BestToEach(Matcher):
-    """Gives each object its best places besides, those that overlap with it the most, even where others fit them better.
+    """Gives each object those places besides that overlap with it the most, even where another one fits them better.
 
     Args:
         high: overlap (IoU) from which a place has to find the object that it overlaps with the most.

@@ -1,10 +1,11 @@
 """Cascade R-CNN: heads one after the other, each with better boxes to begin from. Source: arXiv 1712.00726.
 
-No configuration of it was published with CrossFormer. Convolutions with BatchNorm in the heads, boxes for each class and
-a mask head for each stage follow from the published number of parameters.
+No configuration of it was published with CrossFormer. Convolutions with BatchNorm in the heads, boxes for each class
+and a mask head for each stage follow from the published number of parameters.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,15 @@ class CascadeHeads(nn.Module):
 
     def __init__(self, strides: Sequence[int], channels: int, num_classes: int, masks: bool):
         super().__init__()
-        self.stages = nn.ModuleList()
+        stages = []
         for overlap, weights in zip(OVERLAPS, DELTA_WEIGHTS, strict=True):
             head = FastRCNNConvFCHead((channels, BOX_SIDE, BOX_SIDE), [channels] * 4, [FC_CHANNELS], nn.BatchNorm2d)
-            self.stages.append(RoIHeads(strides, channels, num_classes, masks, overlap, weights, head))
+            stages.append(RoIHeads(strides, channels, num_classes, masks, overlap, weights, head))
+        self.stages = nn.ModuleList(stages)
+
+    def in_order(self) -> list[RoIHeads]:
+        """Give the stages, the first one first."""
+        return [cast(RoIHeads, stage) for stage in self.stages]
 
     def forward(
         self,
@@ -40,18 +46,19 @@ class CascadeHeads(nn.Module):
         """Give what is found, or in training the losses of each stage, as ``cls1``."""
         if targets is not None:
             return [], self.losses(features, proposals, image_shapes, targets)
-        said = []
-        for stage in self.stages:
+        said: list[Tensor] = []
+        stages = self.in_order()
+        for stage in stages:
             logits, deltas = stage.look(features, proposals, image_shapes)
             said.append(logits)
-            if len(said) < len(self.stages):
+            if len(said) < len(stages):
                 best = [each[:, 1:].argmax(dim=1) + 1 for each in apart(logits, proposals)]
                 proposals = refined(stage, proposals, deltas, best, image_shapes)
         found = stage.postprocess_detections(torch.stack(said).mean(dim=0), deltas, proposals, image_shapes)
         results = [dict(zip(("boxes", "scores", "labels"), each, strict=True)) for each in zip(*found, strict=True)]
         if stage.has_mask():
             boxes = [each["boxes"] for each in results]
-            masks = [each.look_for_masks(features, boxes, image_shapes).sigmoid() for each in self.stages]
+            masks = [each.look_for_masks(features, boxes, image_shapes).sigmoid() for each in stages]
             add_masks(results, torch.stack(masks).mean(dim=0).logit())
         return results, {}
 
@@ -63,8 +70,8 @@ class CascadeHeads(nn.Module):
         targets: Targets,
     ) -> dict[str, Tensor]:
         """Give the losses of all stages; what one has made of its boxes the next one begins from."""
-        losses = {}
-        for i, (stage, weight) in enumerate(zip(self.stages, LOSS_WEIGHTS, strict=True)):
+        losses: dict[str, Tensor] = {}
+        for i, (stage, weight) in enumerate(zip(self.in_order(), LOSS_WEIGHTS, strict=True)):
             drawn = Drawn(*stage.select_training_samples(proposals, targets))
             logits, deltas = stage.look(features, drawn.boxes, image_shapes)
             terms = stage.losses_of(drawn, logits, deltas, features, image_shapes, targets)

@@ -20,7 +20,9 @@ class FPN(nn.Module):
         relu: between these.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int = PYRAMID_CHANNELS, extra: int = 0, relu: bool = False):
+    def __init__(
+        self, in_channels: Sequence[int], channels: int = PYRAMID_CHANNELS, extra: int = 0, relu: bool = False
+    ):
         super().__init__()
         self.relu = relu
         self.lateral_convs = nn.ModuleList(bare_conv(each, channels) for each in in_channels)

@@ -143,8 +143,7 @@ class RoIHeads(theirs.RoIHeads):
         logits, deltas = self.look(features, proposals, image_shapes)
         found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         results = [
-            {"boxes": boxes, "scores": scores, "labels": labels}
-            for boxes, scores, labels in zip(*found, strict=True)
+            {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in zip(*found, strict=True)
         ]
         if self.has_mask():
             add_masks(results, self.look_for_masks(features, [each["boxes"] for each in results], image_shapes))
@@ -184,7 +183,7 @@ class RoIHeads(theirs.RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: Targets,
     ) -> dict[str, Tensor]:
-        """Give the losses of boxes that were drawn, of which ``logits`` and ``deltas`` are what :meth:`look` has said."""
+        """Give the losses of boxes that were drawn; ``logits`` and ``deltas`` are what :meth:`look` says of them."""
         losses = box_losses(logits, deltas, torch.cat(drawn.labels), torch.cat(list(drawn.deltas)))
         if self.has_mask():
             found = [torch.where(each > 0)[0] for each in drawn.labels]
@@ -215,9 +214,7 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor) -
     }
 
 
-def mask_loss(
-    logits: Tensor, boxes: list[Tensor], matched: list[Tensor], labels: Tensor, targets: Targets
-) -> Tensor:
+def mask_loss(logits: Tensor, boxes: list[Tensor], matched: list[Tensor], labels: Tensor, targets: Targets) -> Tensor:
     """Give the cross entropy of the masks of the labels ``(N,)``, averaged over their pixels; 0 without any box."""
     wanted = torch.cat(
         [

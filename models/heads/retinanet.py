@@ -51,7 +51,7 @@ class RetinaHead(RetinaNet):
             self.box_coder: BoxCoder = BoundedBoxCoder()
             self.head.regression_head.box_coder = self.box_coder
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, images: ImageList, levels: list[Tensor], targets: list[dict[str, Tensor]] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Give what is found, or in training the losses ``cls`` and ``box``; see :class:`.detector.Detector`."""
@@ -63,7 +63,9 @@ class RetinaHead(RetinaNet):
         locations = self.anchor_generator.num_anchors_per_location()
         counts = [each.shape[-2] * each.shape[-1] * n for each, n in zip(levels, locations, strict=True)]
         apart = {name: list(value.split(counts, dim=1)) for name, value in outputs.items()}
-        return self.postprocess_detections(apart, [list(each.split(counts)) for each in anchors], images.image_sizes), {}
+        return self.postprocess_detections(
+            apart, [list(each.split(counts)) for each in anchors], images.image_sizes
+        ), {}
 
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: dict[str, Tensor], anchors: list[Tensor]
