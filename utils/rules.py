@@ -14,6 +14,7 @@ TASK_OF_HEAD = {
     "upernet": PIXELS, "semantic_fpn": PIXELS, "retinanet": OBJECTS, "mask_rcnn": OBJECTS, "cascade_mask_rcnn": OBJECTS,
 }  # fmt: skip
 """What may be put on a model."""
+HEADS_WITH_MASKS = "mask_rcnn", "cascade_mask_rcnn"
 DETECTOR = "mask_rcnn"
 """The head of detection where none is named."""
 CROSSFORMERS = {
