@@ -20,8 +20,8 @@ ANNOTATIONS = (
     "annotations/instances_{split}2017.json", "annotations/instances_{split}.json", "annotations/{split}.json",
     "{split}.json",
 )  # fmt: skip
-FOLDERS = "{split}2017", "images/{split}2017", "images/{split}", "{split}", "images"
-"""Below which an image's file_name is looked for."""
+FOLDERS = "{split}2017", "images/{split}2017", "images/{split}", "{split}", "images", ""
+"""Below which an image's file_name is looked for; the last is the data set's own."""
 EXPECTED = (
     "annotations/instances_{split}2017.json with {split}2017, or annotations/{split}.json (or {split}.json) with "
     "images/{split}, {split} or images"
@@ -184,7 +184,7 @@ class CocoLayout(Layout):
     def scan(self) -> Scan:
         file = AnnotationFile(self.archives[0])
         categories, images = file.categories(), file.images()
-        folders = self._folders(file)
+        folders = [self.root / folder.format(split=self.split) for folder in FOLDERS]
         names = [os.fsencode(name) for name in self._paths(images, folders, file)]
         objects, left_out = file.objects(images, categories)
         arrays: dict[str, np.ndarray] = {
@@ -197,17 +197,7 @@ class CocoLayout(Layout):
             **objects,
         }
         archives = [os.path.relpath(file.path, self.root)]
-        return Scan([c.name for c in categories], arrays, archives, [file.path, *folders], dict(left_out))
-
-    def _folders(self, file: AnnotationFile) -> list[Path]:
-        folders = [self.root / folder.format(split=self.split) for folder in FOLDERS]
-        there = [folder for folder in folders if folder.is_dir()]
-        if not there:
-            file.fail(
-                f"there is no folder of its images beside it in {self.root}",
-                f"put them into {', '.join(sorted(folder.format(split=self.split) for folder in FOLDERS))}",
-            )
-        return there
+        return Scan([c.name for c in categories], arrays, archives, [file.path, *folders[:-1]], dict(left_out))
 
     def _paths(self, images: Images, folders: list[Path], file: AnnotationFile) -> list[str]:
         """Find the files of images, relative to the root."""

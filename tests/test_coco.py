@@ -234,13 +234,14 @@ def test_what_is_missing_or_does_not_fit(data):
     path.unlink()
     assert "has no annotations of val; expected annotations/instances_val2017.json" in error_of(data)
     shutil.rmtree(data / "images")
-    assert "there is no folder of its images" in error_of(data)
+    shutil.copy(data / "renamed.json", path)
+    assert "image '0000.png' and 12 others cannot be found in" in error_of(data)
 
 
 def test_boxes_without_extent_are_left_out_and_counted_and_others_clipped(data):
     path = data / "annotations/train.json"
     content = json.loads(path.read_text())
-    image = content["images"][3]
+    image = content["images"][5]
     first, second, third, *_ = (one for one in content["annotations"] if one["image_id"] == image["id"])
     first["bbox"] = [5, 5, 0, 9]
     second["bbox"] = [image["width"], 5, 0, 9]
@@ -248,7 +249,7 @@ def test_boxes_without_extent_are_left_out_and_counted_and_others_clipped(data):
     path.write_text(json.dumps(content))
     train = opened(data)[0]
     assert train.left_out == {"boxes of no width or height": 2}
-    assert train.objects(3).boxes[0].tolist() == [0, 5, image["width"], 14]
+    assert train.objects(5 - 1).boxes[0].tolist() == [0, 5, image["width"], 14]
 
 
 def test_boxes_without_masks(data):
@@ -324,6 +325,6 @@ def test_mutated_files_load_or_end_in_one_line(data):
             objects = index.objects(i)
             assert objects.masks(np.flatnonzero(np.diff(objects.segment_ends))).max(initial=0) <= 1
             assert (objects.boxes[:, 2:] > objects.boxes[:, :2]).all()
-    assert loaded > 50
+    assert loaded > 20
     assert len(messages) > 50
     assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
