@@ -57,7 +57,9 @@ class ObjectTransform:
             parts = F.horizontal_flip(parts[0]), F.horizontal_flip(parts[1]), F.horizontal_flip(parts[2])
         image, boxes, masks = (part.as_subclass(Tensor) for part in parts)
         stay = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        return image, boxes[stay], masks[stay] if len(masks) else masks, stay
+        if len(masks) and not stay.all():  # to choose all of them would take as long as to resize them
+            masks = masks[stay]
+        return image, boxes[stay], masks, stay
 
     def resize(self, image: Tensor, boxes: Tensor, masks: Tensor) -> Three:
         """Bring the image within the bounds, times a ratio that is drawn."""
