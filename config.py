@@ -4,17 +4,18 @@ Later sources win: the defaults below, the files named by ``BASE``, the file its
 ``python main.py --settings`` lists them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from utils import settings
+from utils import rules, settings
+from utils.rules import CLASSES, OBJECTS, PIXELS
 from utils.settings import CfgNode, Given, Resume, Section, flatten, setting
 from utils.surroundings import expanded
 
 FREE, RAISED, OMITTED, KEPT = Resume.FREE, Resume.RAISED, Resume.OMITTED, Resume.KEPT
-CLASSES, PIXELS = "classification", "segmentation"
+DENSE = PIXELS, OBJECTS
 
 
 def _side_of_a_square(size: Any) -> Any:
@@ -70,6 +71,13 @@ class Data(Section):
         task=PIXELS)
     ZERO_IS_VOID: bool = setting(
         False, "The number 0 in label maps is void too, and 1 the first class, as in ADE20K", task=PIXELS)
+    MASKS: str = setting(
+        "auto", "Train masks: auto does where MODEL.HEAD has them and the data too, none trains boxes alone",
+        choices=("auto", "none"), task=OBJECTS)
+    EMPTY_IMAGES: bool = setting(False, "Train on images without objects too", task=OBJECTS)
+    BY_ORIENTATION: bool = setting(
+        True, "A micro-batch of one process is all wide or all tall images, so that there is less padding in it",
+        task=OBJECTS)
 
 
 class Crossformer(Section):
@@ -89,9 +97,13 @@ class Model(Section):
 
     NAME: str = setting("crossformer_small", "Any model that timm knows; CrossFormer's are listed in the README")
     HEAD: str = setting(
-        "upernet", "What segmentation puts on the model", choices=("upernet", "semantic_fpn"), task=PIXELS)
+        "upernet", "What is put on the model: the first two are for segmentation, the others for detection, whose "
+        "default is mask_rcnn", choices=tuple(rules.TASK_OF_HEAD), task=DENSE)
+    STYLE: str = setting(
+        "published", "Whose anchors, assignment and losses a detector has: those that CrossFormer was published with, "
+        "or torchvision's", choices=("published", "torchvision"), task=OBJECTS)
     HEAD_CHANNELS: int = setting(
-        0, "Channels inside of HEAD; 0 is as published, 512 for upernet, 256 for semantic_fpn", at_least=0, task=PIXELS)
+        0, "Channels inside of HEAD; 0 is as published, 512 for upernet, 256 for others", at_least=0, task=DENSE)
     AUX_WEIGHT: float = setting(0.4, "Weight of the loss of UPerNet's auxiliary head", at_least=0, task=PIXELS)
     NUM_CLASSES: int = setting(0, "Number of classes; 0 takes that of the data", at_least=0, on_resume=FREE)
     RESUME: str = setting("", "Checkpoint to carry on from, or to evaluate", path=True, on_resume=OMITTED)
@@ -131,10 +143,12 @@ class LrScheduler(Section):
 
     NAME: str = setting(
         "cosine", "Curve from BASE_LR down to MIN_LR; poly is what is left of the run to the power of POWER, which the "
-        "warm-up multiplies", choices=("cosine", "linear", "step", "poly"))
+        "warm-up multiplies; multistep multiplies by DECAY_RATE after each epoch of DECAY_AT, and so does the warm-up",
+        choices=("cosine", "linear", "step", "poly", "multistep"))
     POWER: float = setting(1.0, "Power of poly", above=0)
     DECAY_EPOCHS: int = setting(30, "step multiplies by DECAY_RATE every so many epochs after the warm-up", at_least=1)
-    DECAY_RATE: float = setting(0.1, "What step multiplies by", at_least=0, at_most=1)
+    DECAY_AT: list[int] = setting([], "Epochs after which multistep decays, for example [8, 11]", at_least=1)
+    DECAY_RATE: float = setting(0.1, "What step and multistep multiply by", at_least=0, at_most=1)
 
 
 class Train(Section):
@@ -233,8 +247,10 @@ class Aug(Section):
         "batch", "What one draw of mixup and cutmix is for", choices=("batch", "pair", "elem"), task=CLASSES)
     RESIZE: list[int] = setting(
         [2048, 512], "Longest and shortest side that an image is brought within before the crop",
-        length=2, at_least=1, task=PIXELS)
-    RESIZE_RATIO: list[float] = setting([0.5, 2.0], "What RESIZE is multiplied by, from and to", length=2, task=PIXELS)
+        length=2, at_least=1, task=DENSE)
+    RESIZE_RATIO: list[float] = setting(
+        [0.5, 2.0], "What RESIZE is multiplied by, from and to; of detection [1, 1] does not crop to IMG_SIZE",
+        length=2, task=DENSE)
     MOST_OF_ONE_CLASS: float = setting(
         0.75, "A crop of which one class has a larger share is drawn again; 1 takes any",
         above=0, at_most=1, task=PIXELS)
@@ -254,8 +270,9 @@ class Test(Section):
         "none", "Average over views of each image: five_crop is corners and centre of the square that CROP_PCT leaves",
         choices=("none", "flip", "five_crop"))
     RESIZE: list[int] = setting(
-        [2048, 512], "Longest and shortest side that an image is brought within", length=2, at_least=1, task=PIXELS)
-    MULTIPLE: int = setting(32, "Sides are then resized up to a multiple of this", at_least=1, task=PIXELS)
+        [2048, 512], "Longest and shortest side that an image is brought within", length=2, at_least=1, task=DENSE)
+    MULTIPLE: int = setting(
+        32, "Sides are then resized up to a multiple of this, in detection padded", at_least=1, task=DENSE)
     SCALES: list[float] = setting(
         [1.0], "Scales of RESIZE to average over, for example [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]", above=0, task=PIXELS)
     WINDOW: int = setting(
@@ -282,7 +299,7 @@ class Config(Section):
         notes: what :func:`build_config` has left out and why, a line each.
     """
 
-    TASK: str = setting(CLASSES, "What is learned", choices=(CLASSES, PIXELS), on_resume=KEPT)
+    TASK: str = setting(CLASSES, "What is learned", choices=(CLASSES, PIXELS, OBJECTS), on_resume=KEPT)
     BASE: list[str] = setting([], "YAML files to read first (paths relative to this file)", on_resume=FREE)
     DATA: Data
     MODEL: Model
@@ -295,7 +312,7 @@ class Config(Section):
         choices=("auto", "bf16", "fp16", "tf32", "none"))
     SEED: int = setting(0, "What every random choice is derived from", at_least=0)
     OUTPUT: str = setting(
-        "output", "Results go to OUTPUT/MODEL.NAME/TAG, of segmentation to OUTPUT/HEAD_NAME/TAG", path=True,
+        "output", "Results go to OUTPUT/MODEL.NAME/TAG, with a HEAD to OUTPUT/HEAD_NAME/TAG", path=True,
         on_resume=FREE)
     TAG: str = setting("default", "Name of the run", on_resume=FREE)
     PRINT_FREQ: int = setting(10, "Steps between two lines of the log", at_least=1, on_resume=FREE)
@@ -306,13 +323,6 @@ class Config(Section):
 
 SETTINGS = Config.settings()
 """Every setting as ``SECTION.KEY``."""
-
-CROSSFORMERS = {
-    "crossformer_micro": -1.0, "crossformer_tiny": 0.1, "crossformer_small": 0.2, "crossformer_base": 0.3,
-    "crossformer_large": 0.5, "crossformerpp_small": 0.2, "crossformerpp_base": 0.3, "crossformerpp_large": 0.5,
-    "crossformerpp_huge": 0.5,
-}  # fmt: skip
-"""The variants, and the MODEL.DROP_PATH_RATE that each was published with; micro was not."""
 
 
 def default_config() -> Config:
@@ -337,84 +347,12 @@ def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[G
         origin[key] = source
     config.BASE = []  # what the files say is in the config now
     settings.check_values(config, origin)
-    _check_task(config, partial(settings.refuse, config, origin), origin)
-    _check_together(config, partial(settings.refuse, config, origin))
-    _leave_to_the_model(config, origin)
+    refuse = partial(settings.refuse, config, origin)
+    rules.check_task(config, refuse, origin)
+    rules.check_together(config, refuse)
+    rules.leave_to_the_model(config, origin)
     config.freeze()
     return config
-
-
-def _check_together(config: Config, refuse: Callable[[str, str], NoReturn]) -> None:
-    """Check the rules that limits of a single number do not say."""
-    for key, (low, high) in {"AUG.SCALE": config.AUG.SCALE, "AUG.RATIO": config.AUG.RATIO}.items():
-        if not 0 < low <= high:
-            refuse(key, "must be a smallest value above 0 and a largest")
-    if config.AUG.CUTMIX_MINMAX and not 0 < config.AUG.CUTMIX_MINMAX[0] < config.AUG.CUTMIX_MINMAX[1] <= 1:
-        refuse("AUG.CUTMIX_MINMAX", "must be a smallest share above 0 and a larger one of at most 1, or []")
-    if config.TRAIN.COMPILE == "reduce-overhead":
-        if config.TRAIN.ACCUMULATION_STEPS > 1:
-            refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.ACCUMULATION_STEPS 1")
-        if config.TRAIN.AUTO_MICRO_BATCH:
-            refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.AUTO_MICRO_BATCH False")
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
-        refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
-    if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):
-        refuse(
-            "TEST.VIEWS", "there is nothing to crop; set TEST.CROP True and TEST.CROP_PCT below 1, for example 0.875"
-        )
-    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
-        refuse("MODEL.PRETRAINED", "give either --resume (carry on a run) or --pretrained (start one), not both")
-    for key, name in {"MODEL.NAME": config.MODEL.NAME, "TAG": config.TAG}.items():
-        path = Path(name)
-        if not path.parts or ".." in path.parts or path.is_absolute():
-            refuse(key, "must name a folder below OUTPUT")
-    if not Path(config.OUTPUT).parts:
-        refuse("OUTPUT", "must name a folder")
-
-
-def _check_task(config: Config, refuse: Callable[[str, str], NoReturn], origin: dict[str, str]) -> None:
-    """Refuse what nothing would read, and what does not go with the task."""
-    for key in origin:
-        one = SETTINGS[key]
-        if one.task not in ("", config.TASK) and settings.get(config, key) != one.default:
-            refuse(key, f"is read by {one.task} only, and TASK is {config.TASK}; leave it out")
-    if config.TASK != PIXELS:
-        return
-    low, high = config.AUG.RESIZE_RATIO
-    if not 0 < low <= high:
-        refuse("AUG.RESIZE_RATIO", "must be a smallest value above 0 and a largest")
-    for key, (longest, shortest) in {"AUG.RESIZE": config.AUG.RESIZE, "TEST.RESIZE": config.TEST.RESIZE}.items():
-        if longest < shortest:
-            refuse(key, "must be the longest side and then the shortest, for example [2048, 512]")
-    if config.TEST.STRIDE > config.TEST.WINDOW:
-        refuse("TEST.STRIDE", f"leaves gaps between windows of {config.TEST.WINDOW}; set TEST.WINDOW at least as large")
-    if config.TEST.VIEWS == "five_crop":
-        refuse("TEST.VIEWS", "is for classification; choose none or flip")
-    if config.TRAIN.LAYER_DECAY != 1 and config.TRAIN.NO_WEIGHT_DECAY != "1d":
-        refuse("TRAIN.NO_WEIGHT_DECAY", "goes with TRAIN.LAYER_DECAY 1 only; set 1d")
-
-
-def _leave_to_the_model(config: Config, origin: dict[str, str]) -> None:
-    """Settle what depends on MODEL.NAME and was not asked for.
-
-    A file's architecture is that of the model which the file names: with another one that is no CrossFormer, named
-    later, nobody has asked for it.
-    """
-    name, model, left_open = config.MODEL.NAME, config.MODEL, Model()
-    if config.TASK == PIXELS and model.DROP_RATE == left_open.DROP_RATE:
-        model.DROP_RATE = 0.1
-    if name in CROSSFORMERS:
-        if model.DROP_RATE == left_open.DROP_RATE:
-            model.DROP_RATE = 0.0
-        if model.DROP_PATH_RATE == left_open.DROP_PATH_RATE:
-            model.DROP_PATH_RATE = CROSSFORMERS[name]
-        return
-    architecture, keys = Crossformer.settings("MODEL.CROSSFORMER."), list(origin)
-    for key in keys[: keys.index("MODEL.NAME")]:
-        if key in architecture and settings.file_of(origin[key]) != settings.file_of(origin["MODEL.NAME"]):
-            note = f"{key} ({origin[key]}) is left out: MODEL.NAME {name} has none"
-            vars(config)["notes"] = (*config.notes, note)
-            settings.assign(config, key, architecture[key].default, "")
 
 
 settings_in = partial(settings.settings_in, Config)

@@ -10,35 +10,48 @@ from typing import Any, cast
 import numpy as np
 
 from data.augmentation import DeviceStage
+from data.augmentation.pairs import brought_within
+from data.coco import EXPECTED as EXPECTED_COCO
+from data.coco import ObjectIndex, check_same_classes, find_coco_layout
 from data.dataset import ImageDataset, Sample
 from data.index import ImageIndex, Index, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
 from data.pair_layouts import EXPECTED, find_pair_layout
 from data.pairs import LabelMaps
-from data.sampling import EvalBatches, TrainBatches
+from data.sampling import EvalBatches, GroupedEvalBatches, GroupedTrainBatches, TrainBatches
 from data.timm_index import TimmIndex
 from utils.distributed import rank, world_size
 from utils.errors import UserError
+from utils.rules import HEADS_WITH_MASKS
 
 
 def build_train_loader(
-    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int], stage: DeviceStage
+    config,
+    index: Index,
+    sample: Callable[[Any, bool], Sample],
+    size: tuple[int, int] | None,
+    stage: DeviceStage,
+    groups: np.ndarray | None = None,
 ) -> TrainLoader:
     """Build the loader of this rank's training batches.
 
     Args:
         index: the training images.
         sample: makes a sample of ``index[i]``; see :class:`data.dataset.ImageDataset`.
-        size: height and width of every sample's image.
+        size: height and width of every sample's image. Without it the images of a batch are of any sizes, and its
+            images and targets are lists.
         stage: makes float images on the device of uint8 images and their plans.
+        groups: the group of each image ``(N,)``; a micro-batch has images of one group then.
 
     Raises:
         UserError: there are too few images for one step.
     """
-    batches = TrainBatches(
-        len(index), config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS, rank(), world_size(), config.SEED
-    )
+    work = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS, rank(), world_size(), config.SEED
+    batches = TrainBatches(len(index), *work)
+    if batches.steps_per_epoch and groups is not None:
+        batches = GroupedTrainBatches(groups, *work)
+        check_groups(config, batches)
     if batches.steps_per_epoch == 0:
         raise UserError(
             f"{config.DATA.DATA_PATH} has {len(index)} training images, fewer than one step takes: "
@@ -50,16 +63,32 @@ def build_train_loader(
     return TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
 
+def check_groups(config, batches: GroupedTrainBatches) -> None:
+    """Refuse groups of too few images for one step."""
+    if batches.steps_per_epoch == 0:
+        raise UserError(
+            f"{config.DATA.DATA_PATH} has {batches.size} training images, but among its wide and its tall ones not the "
+            f"{batches.global_batch // batches.batch_size} whole micro-batches of {batches.batch_size} that one step "
+            "takes; use a smaller --batch-size, or DATA.BY_ORIENTATION False"
+        )
+
+
 def build_eval_loader(
-    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int] | None, stage: DeviceStage
+    config,
+    index: Index,
+    sample: Callable[[Any, bool], Sample],
+    size: tuple[int, int] | None,
+    stage: DeviceStage,
+    groups: np.ndarray | None = None,
 ) -> EvalLoader:
     """Build the loader of this rank's share of the validation images; arguments as of :func:`build_train_loader`.
 
-    Without a ``size`` the images of a batch are of any sizes, and its images and targets are lists.
+    ``groups`` may be ``(N, k)`` here: images whose k numbers are the same share batches.
     """
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
     dataset = ImageDataset(index, sample, config.SEED, replace_bad=False)
-    batches = EvalBatches(len(index), config.DATA.BATCH_SIZE, rank(), world_size())
+    work = config.DATA.BATCH_SIZE, rank(), world_size()
+    batches = EvalBatches(len(index), *work) if groups is None else GroupedEvalBatches(groups, *work)
     return EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
 
@@ -127,6 +156,71 @@ def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, lis
             )
         indexes[split] = cast(LabelMaps, open_index(layout, config.DATA.CACHE_DIR))
     return indexes.get("train"), indexes["val"], indexes["val"].classes
+
+
+def open_objects(config, training: bool) -> tuple[ObjectIndex | None, ObjectIndex, list[str]]:
+    """Open the images with objects in DATA.DATA_PATH.
+
+    Returns:
+        the index of the images to train on (None unless ``training``), that of the validation images, and the classes.
+
+    Raises:
+        UserError: something is missing, damaged or empty, or the splits have other classes.
+    """
+    root = _root(config, f"{EXPECTED_COCO.format(split='train')} (see docs/detection.md)")
+    indexes: dict[str, ObjectIndex] = {}
+    for split in ("train", "val") if training else ("val",):
+        layout = find_coco_layout(root, split)
+        if layout is None:
+            raise UserError(
+                f"DATA.DATA_PATH {root} has no annotations of {split}; expected {EXPECTED_COCO.format(split=split)} in "
+                "it (scripts/voc_to_coco.py makes them of Pascal VOC's and YOLO's)"
+            )
+        indexes[split] = cast(ObjectIndex, open_index(layout, config.DATA.CACHE_DIR))
+    train, val = indexes.get("train"), indexes["val"]
+    if train is not None:
+        check_same_classes(train, val)
+        check_masks(config, train)
+        train = train if config.DATA.EMPTY_IMAGES else with_objects(train)
+    return train, val, val.classes
+
+
+def wants_masks(config) -> bool:
+    """Tell whether the settings ask for masks; whether the data has them is another question."""
+    return config.DATA.MASKS == "auto" and config.MODEL.HEAD in HEADS_WITH_MASKS
+
+
+def check_masks(config, train: ObjectIndex) -> None:
+    """Refuse training images of which only some objects have masks, where these are wanted."""
+    count = train.without_mask
+    if wants_masks(config) and 0 < count < train.counts.sum():
+        raise UserError(
+            f"{train.annotation_file} has {count:,} objects without a segmentation among {train.counts.sum():,}; add "
+            "theirs, or train boxes alone: --opts DATA.MASKS none"
+        )
+
+
+def with_objects(index: ObjectIndex) -> ObjectIndex:
+    """Leave out images without objects; crowds are none.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    rows = np.flatnonzero(index.counts)
+    if not len(rows):
+        raise UserError(f"{index.annotation_file} has no objects but crowds; label some, to train on")
+    return index if len(rows) == len(index) else index.select(rows)
+
+
+def orientations(config, index: ObjectIndex) -> np.ndarray | None:
+    """Group training images by what is wide, ``(N,)`` bool; None where DATA.BY_ORIENTATION does not ask for it."""
+    return index.sizes[:, 1] > index.sizes[:, 0] if config.DATA.BY_ORIENTATION else None
+
+
+def padded_shapes(config, index: ObjectIndex) -> np.ndarray:
+    """Group images to evaluate by the shape that they are padded to, ``(N, 2)``: what one gets depends on no other."""
+    within = [brought_within(*size, *config.TEST.RESIZE) for size in index.sizes.tolist()]
+    return -(-np.array(within) // config.TEST.MULTIPLE) * config.TEST.MULTIPLE
 
 
 def check_num_classes(config, classes: list[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,13 +27,14 @@ class Sample(NamedTuple):
 
     Attributes:
         image: ``(3, H, W)`` uint8.
-        target: what is to be learned of it. Numbers become a batch ``(B,)`` int64; tensors must be of one shape.
+        target: what is to be learned of it. Numbers become a batch ``(B,)`` int64; tensors must be of one shape, unless
+            the images of a batch are of any size. Then it may also be a dict of numpy arrays.
         plan: what remains to be done to the image on the device.
         orientation: what EXIF says, 1 to 8 (1 is upright); 0 where nobody has looked.
     """
 
     image: Tensor
-    target: int | Tensor
+    target: int | Tensor | dict[str, np.ndarray]
     plan: Plan = Plan()
     orientation: int = 0
 
@@ -96,9 +98,15 @@ class HostBatch:
     def pin_memory(self) -> "HostBatch":
         """Copy images and targets into page-locked memory; torch's thread for that calls this."""
         if isinstance(self.images, list):
-            images, targets = ([torch.as_tensor(x).pin_memory() for x in some] for some in (self.images, self.targets))
+            images = [torch.as_tensor(x).pin_memory() for x in self.images]
+            targets = [map_tensors(lambda x: torch.as_tensor(x).pin_memory(), target) for target in self.targets]
             return replace(self, images=images, targets=targets)
         return replace(self, images=self.images.pin_memory(), targets=torch.as_tensor(self.targets).pin_memory())
+
+
+def map_tensors(function: Callable[[Any], Tensor], target: Any) -> Any:
+    """Apply a function to a target, or to each value of one that is a dict."""
+    return {name: function(x) for name, x in target.items()} if isinstance(target, dict) else function(target)
 
 
 class ImageDataset(Dataset):
@@ -181,8 +189,8 @@ class BatchDataset(Dataset):
         items = [self.dataset[image_key] for image_key in keys]
         if self.any_size:
             batch = collate_apart(items)
-            images, targets = ([x.numpy() for x in some] for some in (batch.images, batch.targets))
-            return replace(batch, images=images, targets=targets)
+            targets = [target if isinstance(target, dict) else target.numpy() for target in batch.targets]
+            return replace(batch, images=[image.numpy() for image in batch.images], targets=targets)
         if self.ring is None:
             return collate(items)
         slot = Slot(self.ring.number, number % len(self.ring), sum(item.sample is not None for item in items))

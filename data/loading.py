@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.augmentation import DeviceStage
-from data.dataset import BatchDataset, HostBatch, ImageDataset
+from data.dataset import BatchDataset, HostBatch, ImageDataset, map_tensors
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, TrainBatches
 from utils.distributed import count_over_ranks
@@ -34,12 +34,12 @@ class Batch(NamedTuple):
 
     Attributes:
         images: ``(B, 3, H, W)`` float, channels last, on the device; or a list of ``(3, H, W)`` of any sizes.
-        targets: ``(B, ...)`` on the device: the samples' targets; or a list of them.
+        targets: ``(B, ...)`` on the device: the samples' targets; or a list of them, which may be dicts of tensors.
         numbers: ``(B,)`` int64 on the host: the places of the images in the index.
     """
 
     images: Tensor | list[Tensor]
-    targets: Tensor | list[Tensor]
+    targets: Tensor | list[Tensor] | list[dict[str, Tensor]]
     numbers: Tensor
 
 
@@ -156,10 +156,11 @@ class _Loader:
         batches = iter(loader)
         _workers.update(set(multiprocessing.active_children()) - others)
         images: Tensor | list[Tensor]
-        targets: Tensor | list[Tensor]
+        targets: Any
         for batch in batches:
             if isinstance(batch.images, list):
-                images, targets = ([torch.as_tensor(x) for x in some] for some in (batch.images, batch.targets))
+                images = [torch.as_tensor(x) for x in batch.images]
+                targets = [map_tensors(torch.as_tensor, target) for target in batch.targets]
             else:
                 images = batch.images.images() if isinstance(batch.images, Slot) else batch.images
                 targets = torch.as_tensor(batch.targets)
@@ -181,7 +182,7 @@ class _Loader:
         images: Tensor | list[Tensor]
         if isinstance(batch.images, list):
             images = [self.stage(x[None], [plan])[0] for x, plan in zip(batch.images, batch.plans, strict=True)]
-            targets = [target.to(self.device, non_blocking=True) for target in batch.targets]
+            targets = [map_tensors(lambda x: x.to(self.device, non_blocking=True), target) for target in batch.targets]
         else:
             images = self.stage(batch.images, batch.plans)
             targets = batch.targets.to(self.device, non_blocking=True)
@@ -218,9 +219,10 @@ def _handed_over(batch: Batch, event: torch.cuda.Event) -> Batch:
     """Let the current stream wait for the batch, and the memory of the batch wait for the current stream."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
-    for tensors in (batch.images, batch.targets):
-        for tensor in tensors if isinstance(tensors, list) else [tensors]:
-            tensor.record_stream(current)
+    for some in (batch.images, batch.targets):
+        for one in some if isinstance(some, list) else [some]:
+            for tensor in one.values() if isinstance(one, dict) else [one]:
+                tensor.record_stream(current)
     return batch
 
 

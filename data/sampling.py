@@ -36,12 +36,16 @@ class TrainBatches(Sampler[list[Key]]):
         self.seed = seed
         self.first_step = self.last_step = 0
 
+    def order(self, epoch: int) -> np.ndarray:
+        """Derive the images of an epoch, from whose beginning global batches are cut."""
+        return epoch_order(self.seed, epoch, self.size)
+
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = -1
         for step in range(self.first_step, self.last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.seed, epoch, self.size)
+                order = self.order(epoch)
             start = step % self.steps_per_epoch * self.global_batch
             start += self.rank * self.batch_size * self.accumulation
             for micro_step in range(self.accumulation):
@@ -51,12 +55,39 @@ class TrainBatches(Sampler[list[Key]]):
     def global_batch_of(self, step: int) -> list[Key]:
         """List what all ranks together take in ``step``."""
         epoch, steps_into_epoch = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, self.size)
+        order = self.order(epoch)
         start = steps_into_epoch * self.global_batch
         return [(epoch, i) for i in order[start : start + self.global_batch].tolist()]
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation
+
+
+class GroupedTrainBatches(TrainBatches):
+    """Micro-batches of one group of images each, wide or tall ones, say. Source: the published detection recipes.
+
+    Of an epoch's permutation each group takes its images, and has a micro-batch whenever there are ``batch_size`` of
+    them; the last ones of each group are left out, and of the micro-batches the remainder.
+
+    Args:
+        groups: the group of each image, ``(N,)``.
+    """
+
+    def __init__(self, groups: np.ndarray, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int):
+        super().__init__(len(groups), batch_size, accumulation, rank, world_size, seed)
+        self.groups = groups
+        _, counts = np.unique(groups, return_counts=True)
+        self.steps_per_epoch = int((counts // batch_size).sum()) // (accumulation * world_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        order = super().order(epoch)
+        groups, filled, micro_batches = self.groups[order], [], []
+        for group in np.unique(groups):
+            places = np.flatnonzero(groups == group)
+            whole = places[: len(places) // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
+            filled.append(whole[:, -1])
+            micro_batches.append(order[whole])
+        return np.concatenate(micro_batches)[np.argsort(np.concatenate(filled))].ravel()
 
 
 class EvalBatches(Sampler[list[Key]]):
@@ -72,3 +103,30 @@ class EvalBatches(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
+
+
+class GroupedEvalBatches(EvalBatches):
+    """Every image exactly once over all ranks, in batches of one group of images each: those of one padded shape, say.
+
+    Args:
+        groups: the group of each image, ``(N,)`` or ``(N, k)``.
+    """
+
+    def __init__(self, groups: np.ndarray, batch_size: int, rank: int, world_size: int):
+        self.batch_size = batch_size
+        _, group_of = np.unique(groups, axis=0, return_inverse=True)
+        order = np.argsort(group_of.ravel(), kind="stable")
+        ends = np.cumsum(np.bincount(group_of.ravel())).tolist()
+        batches = [
+            order[start : min(start + batch_size, end)]
+            for first, end in zip([0, *ends], ends, strict=False)
+            for start in range(first, end, batch_size)
+        ]
+        self.batches = batches[rank::world_size]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self.batches:
+            yield [(0, i) for i in batch.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.batches)

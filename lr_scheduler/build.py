@@ -1,6 +1,6 @@
 """From a config to a learning-rate schedule."""
 
-from lr_scheduler.schedules import Schedule, cosine, linear, poly, step_decay, with_factor, with_warmup
+from lr_scheduler.schedules import Schedule, cosine, linear, multistep, poly, step_decay, with_factor, with_warmup
 from utils.errors import UserError
 
 
@@ -30,8 +30,12 @@ def build_scheduler(config, steps_per_epoch: int, global_batch: int) -> Schedule
         case "poly":
             curve = poly(base_lr, min_lr, steps, train.LR_SCHEDULER.POWER)
             return with_factor(curve, warmup_lr / base_lr if base_lr else 1.0, warmup_steps)
+        case "multistep":
+            decay_at = [epoch * steps_per_epoch for epoch in train.LR_SCHEDULER.DECAY_AT]
+            steps_down = multistep(base_lr, train.LR_SCHEDULER.DECAY_RATE, decay_at)
+            return with_factor(steps_down, warmup_lr / base_lr if base_lr else 1.0, warmup_steps)
         case unknown:
-            raise UserError(f"TRAIN.LR_SCHEDULER.NAME {unknown} is not one of cosine, linear, step, poly")
+            raise UserError(f"TRAIN.LR_SCHEDULER.NAME {unknown} is not one of cosine, linear, step, poly, multistep")
     return with_warmup(schedule, warmup_lr, base_lr, warmup_steps)
 
 

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, which counts from 0. Source: the published recipe."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Schedule = Callable[[int], float]
 
@@ -31,6 +31,11 @@ def with_warmup(schedule: Schedule, warmup_lr: float, base_lr: float, warmup_ste
 def poly(base_lr: float, min_lr: float, total_steps: int, power: float) -> Schedule:
     """From ``base_lr`` at step 0 to ``min_lr`` at ``total_steps`` as the share of steps that are left, to a power."""
     return lambda step: min_lr + (base_lr - min_lr) * max(1 - step / total_steps, 0) ** power
+
+
+def multistep(base_lr: float, decay_rate: float, decay_at: Sequence[int]) -> Schedule:
+    """``base_lr``, multiplied by ``decay_rate`` at each step of ``decay_at``."""
+    return lambda step: base_lr * decay_rate ** sum(step >= at for at in decay_at)
 
 
 def with_factor(schedule: Schedule, ratio: float, warmup_steps: int) -> Schedule:

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from config import CROSSFORMERS, PIXELS, Config, build_config, default_config, flatten, settings_in
+from config import PIXELS, Config, build_config, default_config, flatten, settings_in
 from models import build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.weights import check_size, classes_in, segmenter_classes, variant_of
@@ -15,6 +15,7 @@ from tasks.class_names import in_words, named_classes
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 from utils.fields import describe, dict_in, facts_of, fail
+from utils.rules import CROSSFORMERS
 
 SAID_BESIDES = {"upright": "DATA.UPRIGHT", "white": "DATA.WHITE", "views": "TEST.VIEWS"}
 """What an export says of its preparation that timm has no words for, and the setting."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from commands import start
+from make_coco import write_coco
 from make_layouts import LAYOUTS
 from make_pairs import write_pairs
 from PIL import Image
@@ -130,3 +131,9 @@ def layouts(source, tmp_path_factory) -> dict[str, Path]:
 def pairs(tmp_path_factory) -> Path:
     """13 training and 7 validation images of mixed sizes with label maps of 3 classes."""
     return write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory) -> Path:
+    """13 training and 7 validation images of mixed sizes with objects of 2 classes."""
+    return write_coco(tmp_path_factory.mktemp("coco"))

@@ -44,7 +44,8 @@ def test_every_config_file_is_valid_and_survives_its_own_dump(path, tmp_path):
 def test_every_setting_is_read_somewhere():
     """A setting that nothing reads is a bug."""
     declarations, _ = (ROOT / "config.py").read_text().split("def output_dir")
-    readers = SOURCE.replace(declarations, "")
+    rules = (ROOT / "utils/rules.py").read_text()
+    readers = SOURCE.replace(declarations, "").replace(rules, "")
     assert len(readers) < len(SOURCE)
     names = {key: key.rpartition(".")[2] for key in SETTINGS if key != "BASE"}
     assert [key for key, name in names.items() if not re.search(rf'[."]{name}\b', readers)] == []
@@ -164,6 +165,16 @@ def test_flags_of_the_swin_family():
         ("AUG.CUTMIX_MINMAX [0.5,0.5]", "AUG.CUTMIX_MINMAX .* a larger one"),
         ("TAG", "--opts takes pairs of KEY VALUE; TAG has no partner"),
         ("MODEL.RESUME a MODEL.PRETRAINED b", "either --resume .* or --pretrained"),
+        ("MODEL.HEAD retinanet", "MODEL.HEAD .* read by segmentation and detection only, and TASK is classification"),
+        ("TASK segmentation MODEL.HEAD retinanet", "MODEL.HEAD .* is for detection; choose one of upernet, semantic"),
+        ("TASK detection MODEL.HEAD upernet", "MODEL.HEAD .* is for segmentation; choose one of retinanet, mask_rcnn"),
+        ("TASK detection DATA.ZERO_IS_VOID True", "DATA.ZERO_IS_VOID .* read by segmentation only"),
+        ("TASK segmentation DATA.MASKS none", "DATA.MASKS .* read by detection only"),
+        ("TASK detection AUG.RESIZE_RATIO [2,1]", "AUG.RESIZE_RATIO .* a smallest value"),
+        ("TASK detection AUG.RESIZE [800,1333]", "AUG.RESIZE .* the longest side and then"),
+        ("TASK detection TEST.VIEWS flip", "TEST.VIEWS flip .* not for detection"),
+        ("TRAIN.LR_SCHEDULER.NAME multistep", "TRAIN.LR_SCHEDULER.DECAY_AT .* the epochs after which"),
+        ("TRAIN.LR_SCHEDULER.DECAY_AT [11,8]", "TRAIN.LR_SCHEDULER.DECAY_AT .* the epochs after which"),
     ],
 )
 def test_a_mistake_is_named_with_the_remedy(opts, message):
@@ -191,6 +202,12 @@ def test_a_mistake_is_named_with_the_remedy(opts, message):
 def test_a_mistake_in_a_file_is_named_with_its_line(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         build_config(write(tmp_path / "mine.yaml", text))
+
+
+def test_the_head_of_detection_is_its_own_unless_one_is_named():
+    assert build_config(opts=["TASK", "detection"]).MODEL.HEAD == "mask_rcnn"
+    assert build_config(opts=["TASK", "segmentation"]).MODEL.HEAD == "upernet"
+    assert build_config(opts=["TASK", "detection", "MODEL.HEAD", "retinanet"]).MODEL.HEAD == "retinanet"
 
 
 def test_values_are_taken_as_meant():

@@ -36,3 +36,18 @@ def test_schedules_of_segmentation(recipe, name):
     assert total_steps(config, 1263) == expected["iterations"]
     for step, rate in expected["lr"].items():
         assert schedule(int(step)) == pytest.approx(rate, rel=1e-9), step
+
+
+@pytest.mark.parametrize("name", ["detection_1x", "detection_1x_short_epochs", "detection_1x_100_per_epoch"])
+def test_schedules_of_detection(name):
+    """The warm-up multiplies, also across a step."""
+    expected = json.loads((ROOT / "tests/data/dense_heads/dense_lr_schedule.json").read_text())[name]
+    opts = (
+        "TRAIN.LR_SCHEDULER.NAME multistep TRAIN.LR_SCHEDULER.DECAY_AT [8,11] TRAIN.BASE_LR 1e-4 TRAIN.WARMUP_LR 1e-7 "
+        f"TRAIN.WARMUP_STEPS 500 TRAIN.WARMUP_EPOCHS 0 TRAIN.LR_REFERENCE_BATCH 0 TRAIN.EPOCHS {expected['epochs']}"
+    )
+    if name == "detection_1x_short_epochs":
+        opts += " TRAIN.STEPS 600"  # the warm-up of 500 steps would be longer than its 480
+    schedule = build_scheduler(build_config(opts=opts.split()), expected["iterations_per_epoch"], global_batch=16)
+    for step, rate in expected["lr"].items():
+        assert schedule(int(step)) == pytest.approx(rate, rel=1e-9), step

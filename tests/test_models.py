@@ -12,7 +12,7 @@ import torch
 from conftest import TINY_RUN
 from PIL import Image
 
-from config import CROSSFORMERS, build_config
+from config import build_config
 from data.augmentation import build_eval_transform
 from engine.model import check_image_size, check_smallest_batch, giga_macs, prepare_model
 from engine.train import train
@@ -21,6 +21,7 @@ from models import build_model, left_out
 from models.crossformer import VARIANTS
 from tasks.trained import load_trained
 from utils.errors import UserError
+from utils.rules import CROSSFORMERS
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

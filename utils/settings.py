@@ -76,7 +76,7 @@ class Setting:
         length: how many numbers a list has, unless it is empty as the default.
         wanted: how errors call a list that is right, where the rest says too little.
         path: whether it names a file or a folder, so that ``~`` in it is the home folder.
-        task: the only one that reads it; empty for all.
+        tasks: those that read it; empty for all.
         on_resume: what may become of it when a run is carried on.
         stands_for: what the default counts as when runs are compared, where the default leaves the value open.
         reads: turns another way to write a value into the usual one.
@@ -94,7 +94,7 @@ class Setting:
     length: int = 0
     wanted: str = ""
     path: bool = False
-    task: str = ""
+    tasks: tuple[str, ...] = ()
     on_resume: Resume = Resume.FORCED
     stands_for: Any = None
     reads: Callable[[Any], Any] | None = None
@@ -170,12 +170,12 @@ class Setting:
         return self.stands_for if self.stands_for is not None and value == self.default else value
 
 
-def setting(default: T, meaning: str, **rest: Any) -> T:
-    """Declare a setting of a :class:`Section`; for the ``rest`` see :class:`Setting`.
+def setting(default: T, meaning: str, task: str | tuple[str, ...] = (), **rest: Any) -> T:
+    """Declare a setting of a :class:`Section`, read by one ``task`` or several; for the ``rest`` see :class:`Setting`.
 
     For a type checker it is its value, as it is in a config.
     """
-    return cast(T, Setting(default, meaning, **rest))
+    return cast(T, Setting(default, meaning, tasks=(task,) if isinstance(task, str) else task, **rest))
 
 
 class Section(CfgNode):
@@ -436,7 +436,7 @@ def listing(root: type[Section], word: str = "") -> str:
         if word.lower() in " ".join((key, one.meaning, *one.choices)).lower():
             default = '""' if one.default == "" else dict(one.default) if one.is_dict else one.default
             other = f", or a name with {one.or_with} in it" if one.or_with else ""
-            task = f"of {one.task} only" if one.task else ""
+            task = f"of {' and '.join(one.tasks)} only" if one.tasks else ""
             facts = "; ".join(filter(None, (one.limits() + other, task, one.on_resume.value)))
             texts.append(f"{key} = {default}\n{paragraph.fill(one.meaning)}\n{paragraph.fill(facts)}\n")
     if not texts:

@@ -1,0 +1,84 @@
+"""From the bytes of an image and its objects to a sample."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.augmentation import Plan
+from data.augmentation.objects import ObjectTransform
+from data.coco import Objects
+from data.dataset import Sample
+from data.decoding import BadImage, Decoding, decode_with_orientation
+
+
+@dataclass
+class DecodeObjects:
+    """Makes samples to train on of ``index[i]`` of a :class:`data.coco.ObjectIndex`.
+
+    Args:
+        decoding: how pixels are made of an image.
+        transform: what is done to image and objects alike.
+        masks: whether they are wanted; every object must have one then.
+    """
+
+    decoding: Decoding
+    transform: ObjectTransform
+    masks: bool
+
+    def __call__(self, raw: tuple[bytes, Objects], look: bool) -> Sample:
+        """Make a sample of an image ``(3, h, w)``; crowds are no targets.
+
+        Its target has ``boxes`` ``(n, 4)`` float32, x1 y1 x2 y2; ``labels`` ``(n,)`` int64; ``size`` ``(2,)`` int64, h
+        and w; and ``masks`` ``(n, h, ceil(w / 8))`` uint8, eight pixels in a byte, if they are wanted.
+
+        Raises:
+            BadImage: the image cannot be decoded, or is of another size than the annotations say.
+        """
+        pixels, orientation = decode_checked(raw, self.decoding, look)
+        objects = raw[1]
+        chosen = np.flatnonzero(~objects.crowd)
+        masks = objects.masks(chosen.tolist() if self.masks else [])
+        image, boxes, seen, stay = self.transform(
+            pixels, torch.from_numpy(objects.boxes[chosen]), torch.from_numpy(masks)
+        )
+        target = {
+            "boxes": boxes.numpy(),
+            "labels": objects.labels[chosen][stay.numpy()].astype(np.int64),
+            "size": np.array(image.shape[1:], dtype=np.int64),
+        }
+        if self.masks:
+            target["masks"] = np.packbits(seen.numpy(), axis=-1)
+        return Sample(image, target, Plan(), orientation)
+
+
+@dataclass
+class DecodeWhole:
+    """Makes samples to evaluate of ``index[i]`` of a :class:`data.coco.ObjectIndex`; arguments as DecodeObjects'."""
+
+    decoding: Decoding
+    transform: ObjectTransform
+
+    def __call__(self, raw: tuple[bytes, Objects], look: bool) -> Sample:
+        """Make a sample whose target has ``original_size`` ``(2,)``, height and width, and ``image_id`` ``()``, int64.
+
+        Raises:
+            BadImage: as of DecodeObjects.
+        """
+        pixels, orientation = decode_checked(raw, self.decoding, look)
+        none = torch.zeros(0, 4), torch.zeros(0, *pixels.shape[1:], dtype=torch.uint8)
+        image = self.transform(pixels, *none)[0]
+        target = {
+            "original_size": np.array(raw[1].size, dtype=np.int64),
+            "image_id": np.array(raw[1].image_id, dtype=np.int64),
+        }
+        return Sample(image, target, Plan(), orientation)
+
+
+def decode_checked(raw: tuple[bytes, Objects], decoding: Decoding, look: bool) -> tuple[torch.Tensor, int]:
+    """Decode an image whose size must be that of its annotations: ``(3, H, W)`` uint8, and EXIF's orientation."""
+    pixels, orientation = decode_with_orientation(raw[0], decoding, look)
+    if pixels.shape[1:] != raw[1].size:
+        height, width = raw[1].size
+        raise BadImage(f"it is {pixels.shape[1]} x {pixels.shape[2]}, its annotations say {height} x {width}")
+    return pixels, orientation

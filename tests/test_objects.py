@@ -1,0 +1,255 @@
+"""What training and evaluation make of images with objects, and the batches that they come in."""
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_coco import COLOURS
+
+from config import build_config
+from data.augmentation import DeviceStage
+from data.augmentation.objects import ObjectTransform, build_object_eval_transform, build_object_transform
+from data.build import build_eval_loader, build_train_loader, open_objects, orientations, padded_shapes, wants_masks
+from data.dataset import ImageDataset
+from data.decoding import Decoding
+from data.objects import DecodeObjects, DecodeWhole
+from data.sampling import GroupedEvalBatches, GroupedTrainBatches
+from utils.errors import UserError
+from utils.randomness import seed_cpu
+
+JITTER = ObjectTransform((96, 64), (0.4, 1.6), (40, 48), 0.5)
+PLAIN = ObjectTransform((96, 64), (1.0, 1.0), None, 0.5)
+
+
+def config_of(root: Path, *opts: str):
+    return build_config(opts=["TASK", "detection", "DATA.DATA_PATH", str(root), *opts])
+
+
+# ---- the transform
+
+
+def painted(height: int, width: int, boxes: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An image that shows its own masks, each a filled box."""
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+        mask[y1:y2, x1:x2] = 1
+    image = masks.sum(dim=0).clamp(max=1).mul(200).byte().expand(3, -1, -1).contiguous()
+    return image, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), masks
+
+
+def test_resizing_and_flipping_exactly():
+    """Of 20 x 40 within (60, 30) the half more is 30 x 60; a flip takes x to 60 - x."""
+    transform = ObjectTransform((60, 30), (1.0, 1.0), None, 1.0)
+    image, boxes, masks, stay = transform(*painted(20, 40, [[4, 2, 14, 12], [30, 0, 40, 20]]))
+    assert (image.shape, image.dtype, masks.shape, masks.dtype) == ((3, 30, 60), torch.uint8, (2, 30, 60), torch.uint8)
+    assert boxes.tolist() == [[39, 3, 54, 18], [0, 0, 15, 30]]
+    expected = torch.zeros(2, 30, 60, dtype=torch.uint8)
+    expected[0, 3:18, 39:54] = expected[1, :, 0:15] = 1
+    assert torch.equal(masks, expected)
+    assert stay.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((480, 640), (800, 1067)), ((427, 640), (800, 1199)), ((200, 1000), (267, 1333))]
+)
+def test_the_published_sizes(size, expected):
+    """scale = min(1333 / longest, 800 / shortest), rounded as int(x * scale + 0.5)."""
+    image, *_ = ObjectTransform((1333, 800))(*painted(*size, []))
+    assert image.shape[1:] == expected
+
+
+def test_a_crop_clips_boxes_and_drops_what_is_outside():
+    """The image shows its columns, so where 10 of its 20 were cut out."""
+    transform, lefts = ObjectTransform((20, 10), crop=(10, 10)), set()
+    _, boxes, masks = painted(10, 20, [[0, 0, 2, 10], [9, 3, 11, 5], [18, 0, 20, 10]])
+    columns = torch.arange(20, dtype=torch.uint8).expand(3, 10, 20)
+    for seed in range(60):
+        seed_cpu(seed)
+        image, found, parts, stay = transform(columns, boxes, masks)
+        left = int(image[0, 0, 0])
+        assert torch.equal(image, columns[:, :, left : left + 10])
+        moved = [[max(x1 - left, 0), y1, min(x2 - left, 10), y2] for x1, y1, x2, y2 in boxes.tolist()]
+        assert found.tolist() == [box for box in moved if box[2] > box[0]]
+        assert torch.equal(parts, masks[stay][:, :, left : left + 10])
+        lefts.add(left)
+    assert lefts == set(range(11))
+
+
+@pytest.mark.parametrize("transform", [PLAIN, JITTER, ObjectTransform((30, 20)), ObjectTransform((300, 200))])
+def test_boxes_enclose_their_masks_and_masks_fit_the_image(transform):
+    """To the pixel that resizing to whole pixels may take in."""
+    for seed in range(30):
+        seed_cpu(seed)
+        image, boxes, masks, _ = transform(*painted(50, 70, [[3, 4, 40, 30], [50, 20, 69, 49], [10, 35, 18, 44]]))
+        assert masks.shape[1:] == image.shape[1:]
+        assert (boxes >= 0).all()
+        assert (boxes[:, 2] <= image.shape[2]).all()
+        assert (boxes[:, 3] <= image.shape[1]).all()
+        for (x1, y1, x2, y2), mask in zip(boxes.tolist(), masks, strict=True):
+            ys, xs = torch.nonzero(mask, as_tuple=True)
+            if len(xs):
+                assert xs.min() > x1 - 1
+                assert xs.max() < x2 + 1
+                assert ys.min() > y1 - 1
+                assert ys.max() < y2 + 1
+        if len(masks) == 3:
+            shown = image[0] > 100
+            assert (shown != masks.amax(dim=0).bool()).float().mean() < 0.12
+
+
+def test_jitter_draws_sizes_and_keeps_within_the_crop():
+    sizes = set()
+    for seed in range(30):
+        seed_cpu(seed)
+        image, *_ = JITTER(*painted(50, 70, []))
+        sizes.add(tuple(image.shape[1:]))
+        assert image.shape[1] <= 40
+        assert image.shape[2] <= 48
+    assert len(sizes) > 3
+
+
+def test_the_settings(tmp_path):
+    config = config_of(tmp_path, *"AUG.RESIZE [1333,800] AUG.RESIZE_RATIO [1,1] TEST.RESIZE [1000,600]".split())
+    assert build_object_transform(config) == ObjectTransform((1333, 800), (1.0, 1.0), None, 0.5)
+    assert build_object_eval_transform(config) == ObjectTransform((1000, 600), (1.0, 1.0), None, 0.0)
+    config = config_of(tmp_path, *"AUG.RESIZE_RATIO [0.1,2] DATA.IMG_SIZE 1024".split())
+    assert build_object_transform(config).crop == (1024, 1024)
+
+
+# ---- samples
+
+
+def test_samples_have_the_objects_that_the_image_shows(coco):
+    train, _, _ = open_objects(config_of(coco), training=True)
+    sample = ImageDataset(train, DecodeObjects(Decoding(), PLAIN, masks=True), 0, replace_bad=False)
+    for i in range(len(train)):
+        item = sample[3, i].sample
+        target, image = item.target, item.image
+        assert (target["boxes"].dtype, target["labels"].dtype) == (np.float32, np.int64)
+        assert target["size"].tolist() == list(image.shape[1:])
+        height, width = image.shape[1:]
+        assert target["masks"].shape == (train.counts[i], height, (width + 7) // 8)
+        masks = np.unpackbits(target["masks"], axis=-1, count=width)
+        covered = masks.sum(axis=0)
+        for label, mask in zip(target["labels"], masks, strict=True):
+            alone = torch.from_numpy((mask > 0) & (covered == 1))
+            colour = image[:, alone].float().median(dim=1).values
+            nearest = min(COLOURS, key=lambda c: float((colour - torch.tensor(COLOURS[c]).float()).abs().sum()))
+            assert {3: 0, 7: 1}[nearest] == label
+    without = DecodeObjects(Decoding(), PLAIN, masks=False)(train[0], False)
+    assert sorted(without.target) == ["boxes", "labels", "size"]
+
+
+def test_an_image_of_another_size_is_bad(coco):
+    train, _, _ = open_objects(config_of(coco), training=True)
+    raw = train.read(1), train.objects(0)
+    item = ImageDataset([raw], DecodeObjects(Decoding(), PLAIN, masks=True), 0, replace_bad=False)
+    item.index = type("One", (list,), {"name": lambda self, i: "0.png"})([raw])
+    assert "its annotations say" in item[0, 0].bad[0]
+
+
+def loaders(config, workers: int = 0, sample=None, device: str = "cpu"):
+    train, val, _ = open_objects(config, training=True)
+    sample = sample or DecodeObjects(Decoding(), build_object_transform(config), masks=wants_masks(config))
+    stage = DeviceStage(torch.device(device), config.DATA.MEAN, config.DATA.STD)
+    whole = DecodeWhole(Decoding(), build_object_eval_transform(config))
+    return (
+        build_train_loader(config, train, sample, None, stage, orientations(config, train)),
+        build_eval_loader(config, val, whole, None, stage, padded_shapes(config, val)),
+    )
+
+
+SMALL = "DATA.BATCH_SIZE 2 AUG.RESIZE [96,64] TEST.RESIZE [96,64] DATA.IMG_SIZE 48 AUG.RESIZE_RATIO [0.5,1.5]".split()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_same_batches_whatever_the_workers_and_wherever_resumed(coco, workers):
+    first, _ = loaders(config_of(coco, *SMALL, "DATA.NUM_WORKERS", "0"))
+    other, _ = loaders(config_of(coco, *SMALL, "DATA.NUM_WORKERS", str(workers)))
+    expected = list(first.micro_batches(0, 7))[3:]
+    for a, b in zip(expected, other.micro_batches(3, 7), strict=True):
+        assert a.numbers.tolist() == b.numbers.tolist()
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+        for x, y in zip(a.targets, b.targets, strict=True):
+            assert sorted(x) == sorted(y) == ["boxes", "labels", "masks", "size"]
+            assert all(isinstance(x[key], torch.Tensor) and torch.equal(x[key], y[key]) for key in x)
+
+
+def test_batches_have_one_orientation_and_the_images_that_evaluation_pads_alike(coco):
+    config = config_of(coco, *SMALL, "DATA.NUM_WORKERS", "1", "AUG.RESIZE_RATIO", "[1,1]")
+    train, val = loaders(config)
+    for batch in train.micro_batches(0, 8):
+        assert len({bool(image.shape[2] > image.shape[1]) for image in batch.images}) == 1
+    seen = []
+    for batch in val:
+        assert len({tuple(-(-side // 32) for side in image.shape[1:]) for image in batch.images}) == 1
+        seen += batch.numbers.tolist()
+        for number, target in zip(batch.numbers.tolist(), batch.targets, strict=True):
+            assert target["original_size"].tolist() == val.dataset.index.sizes[number].tolist()
+            assert int(target["image_id"]) == val.dataset.index.image_ids[number]
+    assert sorted(seen) == list(range(7))
+
+
+def test_too_few_images_of_each_orientation(coco):
+    with pytest.raises(UserError, match=r"11 training images, but among its wide .* DATA.BY_ORIENTATION False"):
+        loaders(config_of(coco, *SMALL, "DATA.BATCH_SIZE", "10"))
+    loaders(config_of(coco, *SMALL, "DATA.BATCH_SIZE", "10", "DATA.BY_ORIENTATION", "False"))
+    with pytest.raises(UserError, match="11 training images, fewer than one step takes"):
+        loaders(config_of(coco, *SMALL, "DATA.BATCH_SIZE", "12"))
+
+
+# ---- which images make up which batch
+
+GROUPS = np.random.RandomState(0).rand(101) < 0.7
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(4, 1, 1), (4, 2, 3), (3, 2, 2), (1, 1, 4)])
+def test_micro_batches_of_one_group(batch_size, accumulation, world_size):
+    taken: list[Counter] = [Counter(), Counter()]
+    per_rank = []
+    for rank in range(world_size):
+        batches = GroupedTrainBatches(GROUPS, batch_size, accumulation, rank, world_size, seed=5)
+        whole = sum(int(count) // batch_size for count in (GROUPS.sum(), (~GROUPS).sum()))
+        assert batches.steps_per_epoch == whole // (accumulation * world_size)
+        batches.first_step, batches.last_step = 0, 2 * batches.steps_per_epoch
+        mine = list(batches)
+        assert len(mine) == len(batches) == 2 * batches.steps_per_epoch * accumulation
+        for micro_batch in mine:
+            assert len(micro_batch) == batch_size
+            assert len({bool(GROUPS[i]) for _, i in micro_batch}) == 1
+            for epoch, i in micro_batch:
+                taken[epoch][i] += 1
+        batches.first_step = batches.steps_per_epoch + 1
+        assert list(batches) == mine[batches.first_step * accumulation :]
+        per_rank.append(mine)
+    assert max(taken[0].values()) == max(taken[1].values()) == 1
+    assert taken[0] != taken[1] or batch_size == 1
+    step = [key for mine in per_rank for micro_batch in mine[:accumulation] for key in micro_batch]
+    assert step == batches.global_batch_of(0)
+
+
+def test_groups_come_mixed_and_in_another_order_each_epoch():
+    batches = GroupedTrainBatches(GROUPS, 2, 1, 0, 1, seed=0)
+    kinds = [bool(GROUPS[batch[0]]) for batch in batches.order(0).reshape(-1, 2)]
+    changes = sum(a != b for a, b in pairwise(kinds))
+    assert changes > 10
+    assert batches.order(0).tolist() != batches.order(1).tolist()
+    assert batches.order(1).tolist() == GroupedTrainBatches(GROUPS, 2, 1, 0, 1, seed=0).order(1).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_evaluation_takes_each_image_once_in_batches_of_one_shape(world_size, batch_size):
+    shapes = np.random.RandomState(1).randint(1, 4, (53, 2)) * 32
+    seen = []
+    for rank in range(world_size):
+        batches = GroupedEvalBatches(shapes, batch_size, rank, world_size)
+        for batch in (mine := list(batches)):
+            assert 0 < len(batch) <= batch_size
+            assert len({tuple(shapes[i]) for _, i in batch}) == 1
+            seen += batch
+        assert len(mine) == len(batches)
+    assert sorted(seen) == [(0, i) for i in range(53)]

@@ -1,0 +1,113 @@
+"""Rules that a config as a whole keeps, and what is settled where a setting leaves it open; config.py has the settings.
+
+A config comes as an argument, since nothing here may import the module that declares it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils import settings
+
+CLASSES, PIXELS, OBJECTS = "classification", "segmentation", "detection"
+TASK_OF_HEAD = {
+    "upernet": PIXELS, "semantic_fpn": PIXELS, "retinanet": OBJECTS, "mask_rcnn": OBJECTS, "cascade_mask_rcnn": OBJECTS,
+}  # fmt: skip
+"""What may be put on a model."""
+HEADS_WITH_MASKS = "mask_rcnn", "cascade_mask_rcnn"
+DETECTOR = "mask_rcnn"
+"""The head of detection where none is named."""
+CROSSFORMERS = {
+    "crossformer_micro": -1.0, "crossformer_tiny": 0.1, "crossformer_small": 0.2, "crossformer_base": 0.3,
+    "crossformer_large": 0.5, "crossformerpp_small": 0.2, "crossformerpp_base": 0.3, "crossformerpp_large": 0.5,
+    "crossformerpp_huge": 0.5,
+}  # fmt: skip
+"""The variants, and the MODEL.DROP_PATH_RATE that each was published with; micro was not."""
+
+Refuse = Callable[[str, str], NoReturn]
+"""Raises the error for a setting (its key) and what is wrong with it."""
+
+
+def check_together(config: Any, refuse: Refuse) -> None:
+    """Check the rules that limits of a single number do not say."""
+    for key, (low, high) in {"AUG.SCALE": config.AUG.SCALE, "AUG.RATIO": config.AUG.RATIO}.items():
+        if not 0 < low <= high:
+            refuse(key, "must be a smallest value above 0 and a largest")
+    if config.AUG.CUTMIX_MINMAX and not 0 < config.AUG.CUTMIX_MINMAX[0] < config.AUG.CUTMIX_MINMAX[1] <= 1:
+        refuse("AUG.CUTMIX_MINMAX", "must be a smallest share above 0 and a larger one of at most 1, or []")
+    if config.TRAIN.COMPILE == "reduce-overhead":
+        if config.TRAIN.ACCUMULATION_STEPS > 1:
+            refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.ACCUMULATION_STEPS 1")
+        if config.TRAIN.AUTO_MICRO_BATCH:
+            refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.AUTO_MICRO_BATCH False")
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
+    if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):
+        refuse(
+            "TEST.VIEWS", "there is nothing to crop; set TEST.CROP True and TEST.CROP_PCT below 1, for example 0.875"
+        )
+    epochs, is_multistep = config.TRAIN.LR_SCHEDULER.DECAY_AT, config.TRAIN.LR_SCHEDULER.NAME == "multistep"
+    if epochs != sorted(set(epochs)) or (is_multistep and not epochs):
+        refuse("TRAIN.LR_SCHEDULER.DECAY_AT", "must be the epochs after which multistep decays, for example [8, 11]")
+    if config.MODEL.RESUME and config.MODEL.PRETRAINED:
+        refuse("MODEL.PRETRAINED", "give either --resume (carry on a run) or --pretrained (start one), not both")
+    for key, name in {"MODEL.NAME": config.MODEL.NAME, "TAG": config.TAG}.items():
+        path = Path(name)
+        if not path.parts or ".." in path.parts or path.is_absolute():
+            refuse(key, "must name a folder below OUTPUT")
+    if not Path(config.OUTPUT).parts:
+        refuse("OUTPUT", "must name a folder")
+
+
+def check_task(config: Any, refuse: Refuse, origin: dict[str, str]) -> None:
+    """Refuse what nothing would read, and what does not go with the task."""
+    known = config.settings()
+    for key in origin:
+        one = known[key]
+        if one.tasks and config.TASK not in one.tasks and settings.get(config, key) != one.default:
+            refuse(key, f"is read by {' and '.join(one.tasks)} only, and TASK is {config.TASK}; leave it out")
+    if config.TASK == CLASSES:
+        return
+    head = config.MODEL.HEAD
+    if TASK_OF_HEAD[head] != config.TASK and (config.TASK == PIXELS or "MODEL.HEAD" in origin):
+        heads = ", ".join(name for name, task in TASK_OF_HEAD.items() if task == config.TASK)
+        refuse("MODEL.HEAD", f"is for {TASK_OF_HEAD[head]}; choose one of {heads}, or set TASK {TASK_OF_HEAD[head]}")
+    low, high = config.AUG.RESIZE_RATIO
+    if not 0 < low <= high:
+        refuse("AUG.RESIZE_RATIO", "must be a smallest value above 0 and a largest")
+    for key, (longest, shortest) in {"AUG.RESIZE": config.AUG.RESIZE, "TEST.RESIZE": config.TEST.RESIZE}.items():
+        if longest < shortest:
+            refuse(key, "must be the longest side and then the shortest, for example [2048, 512]")
+    if config.TEST.STRIDE > config.TEST.WINDOW:
+        refuse("TEST.STRIDE", f"leaves gaps between windows of {config.TEST.WINDOW}; set TEST.WINDOW at least as large")
+    if config.TEST.VIEWS == "five_crop":
+        refuse("TEST.VIEWS", "is for classification; choose none or flip")
+    if config.TEST.VIEWS == "flip" and config.TASK == OBJECTS:
+        refuse("TEST.VIEWS", "is not for detection; choose none")
+    if config.TRAIN.LAYER_DECAY != 1 and config.TRAIN.NO_WEIGHT_DECAY != "1d":
+        refuse("TRAIN.NO_WEIGHT_DECAY", "goes with TRAIN.LAYER_DECAY 1 only; set 1d")
+
+
+def leave_to_the_model(config: Any, origin: dict[str, str]) -> None:
+    """Settle what depends on TASK or MODEL.NAME and was not asked for.
+
+    A file's architecture is that of the model which the file names: with another one that is no CrossFormer, named
+    later, nobody has asked for it.
+    """
+    name, model, left_open = config.MODEL.NAME, config.MODEL, type(config.MODEL)()
+    if config.TASK == OBJECTS and "MODEL.HEAD" not in origin:
+        model.HEAD = DETECTOR
+    if config.TASK == PIXELS and model.DROP_RATE == left_open.DROP_RATE:
+        model.DROP_RATE = 0.1
+    if name in CROSSFORMERS:
+        if model.DROP_RATE == left_open.DROP_RATE:
+            model.DROP_RATE = 0.0
+        if model.DROP_PATH_RATE == left_open.DROP_PATH_RATE:
+            model.DROP_PATH_RATE = CROSSFORMERS[name]
+        return
+    architecture, keys = model.CROSSFORMER.settings("MODEL.CROSSFORMER."), list(origin)
+    for key in keys[: keys.index("MODEL.NAME")]:
+        if key in architecture and settings.file_of(origin[key]) != settings.file_of(origin["MODEL.NAME"]):
+            note = f"{key} ({origin[key]}) is left out: MODEL.NAME {name} has none"
+            vars(config)["notes"] = (*config.notes, note)
+            settings.assign(config, key, architecture[key].default, "")
