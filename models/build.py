@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models.crossformer import VARIANTS, CrossFormer
-from models.heads import Segmenter, create_segmenter
+from models.heads import Detector, Segmenter, create_detector, create_segmenter
 from utils.errors import UserError, did_you_mean
 
 ARCHITECTURE = {
@@ -85,6 +85,20 @@ def build_segmenter(config, num_classes: int) -> Segmenter:
         return create_segmenter(wanted.HEAD, backbone, num_classes, wanted.DROP_RATE, wanted.HEAD_CHANNELS)
     except ValueError as error:
         raise UserError(f"MODEL.NAME {config.MODEL.NAME} takes no head for segmentation: {error}") from error
+
+
+def build_detector(config, num_classes: int, masks: bool) -> Detector:
+    """The network that ``config.MODEL`` describes for detection: heads on any model of timm's that gives maps.
+
+    Raises:
+        UserError: it cannot be built as described.
+    """
+    try:
+        backbone = build_model(config, num_classes=0, drop_rate=-1.0)
+        wanted = config.MODEL
+        return create_detector(wanted.HEAD, backbone, num_classes, masks, wanted.STYLE, wanted.HEAD_CHANNELS)
+    except ValueError as error:
+        raise UserError(f"MODEL.NAME {config.MODEL.NAME} takes no head for detection: {error}") from error
 
 
 def left_out(config) -> list[str]:

@@ -97,4 +97,8 @@ def build_task(config: Config, device: torch.device) -> Task:
             from tasks.segmentation import Segmentation
 
             return Segmentation(config, device)
-    raise UserError(f"TASK {config.TASK} is not one of classification, segmentation")
+        case "detection":
+            from tasks.detection import Detection
+
+            return Detection(config, device)
+    raise UserError(f"TASK {config.TASK} is not one of classification, segmentation, detection")

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from tasks.miou import Scores, scores
 from tasks.overlay import painted
 from tasks.report import LOWEST_NAMED, shortened, write_csv
 from utils.contact_sheet import draw_rows
-from utils.distributed import is_main, world_size
+from utils.distributed import gathered, is_main
 from utils.drawing import pyplot
 from utils.errors import UserError
 from utils.files import reason_of
@@ -84,11 +83,9 @@ class Album:
     def lowest_of_all(self) -> list[Seen]:
         """The images with the lowest IoU of all ranks. A collective."""
         mine = [seen for _, _, seen in self.lowest]
-        everyones = [mine]
-        if dist.is_initialized():
-            everyones = [[]] * world_size()
-            dist.all_gather_object(everyones, mine)
-        return heapq.nsmallest(SHOWN, (seen for of_rank in everyones for seen in of_rank), key=lambda seen: seen[:2])
+        return heapq.nsmallest(
+            SHOWN, (seen for of_rank in gathered(mine) for seen in of_rank), key=lambda seen: seen[:2]
+        )
 
 
 def write_report(

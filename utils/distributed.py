@@ -128,6 +128,15 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_from_main(tensor: torch.Tensor) -> None:
     """Give the tensor rank 0's values (in place)."""
     if dist.is_initialized():
@@ -147,10 +156,6 @@ def agreement() -> Iterator[None]:
     except UserError as caught:
         error = caught
     message = None if error is None else str(error)
-    messages: list[str | None] = [message]
-    if dist.is_initialized():
-        messages = [None] * world_size()
-        dist.all_gather_object(messages, message)
-    first = next((m for m in messages if m is not None), None)
+    first = next((m for m in gathered(message) if m is not None), None)
     if first is not None:
         raise AgreedError(first) from error

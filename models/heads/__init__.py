@@ -1,5 +1,6 @@
 """Heads for dense tasks, on any backbone of timm's. Pure torch; published files load as they are."""
 
+from models.heads.boxes import paste
 from models.heads.detector import DETECTORS, Detector, create_detector
 from models.heads.published import from_published
 from models.heads.segmenter import HEADS, AtImageSize, Segmenter, create_segmenter
@@ -13,4 +14,5 @@ __all__ = [
     "create_detector",
     "create_segmenter",
     "from_published",
+    "paste",
 ]
