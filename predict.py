@@ -1,4 +1,4 @@
-"""Predict the classes of images, or of their pixels.
+"""Predict the classes of images or of their pixels, or find the objects in them.
 
 Exit status 0: all are predicted; 1: some could not be decoded and were skipped; 2: see the error.
 """
@@ -25,11 +25,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from config import PIXELS
+from config import CLASSES, OBJECTS, PIXELS
 from data.augmentation import DeviceStage, Plan, build_eval_transform
 from data.decoding import build_decoding, decode, read_file, tensor_to_pil
 from data.files import check_is_file, describe_kinds
 from data.files import find_images as images_below
+from engine.detect import detect
 from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.segment import segment
@@ -106,6 +107,12 @@ def predict(trained: TrainedModel, paths: list[Path], given: Namespace) -> Itera
                     )
 
 
+def named_part(prediction: dict[str, Any]) -> tuple[str, float]:
+    """The name of the class, and its probability, score or share of the pixels."""
+    _, name, part, *_ = prediction.values()
+    return name, part
+
+
 def show(records: list[dict], form: str, out: TextIO) -> None:
     """Write them; a table is fitted to the width of a terminal, and elsewhere has tabs between its cells."""
     sound = [(record["file"], record["predictions"]) for record in records if "predictions" in record]
@@ -114,15 +121,15 @@ def show(records: list[dict], form: str, out: TextIO) -> None:
         print(json.dumps(records, indent=1, ensure_ascii=False), file=out)
     elif form == "csv":
         lines = csv.writer(out, lineterminator="\n")
-        lines.writerow(["file", "rank", *(sound[0][1][0] if sound else KEYS)])
+        lines.writerow(["file", "rank", *next((one for _, named in sound for one in named), KEYS)])
         for file, named in sound:
             lines.writerows([*map(harmless, (file, rank, *p.values()))] for rank, p in enumerate(named, start=1))
     else:
         for file, named in sound:
             cells = [
-                printable(x)
-                for x in (file, *(f"{name} {100 * part:.1f} %" for _, name, part in map(dict.values, named)))
+                printable(x) for x in (file, *(f"{name} {100 * part:.1f} %" for name, part in map(named_part, named)))
             ]
+            cells += [] if named else ["nothing"]
             table.add_row(Text(cells[0], overflow="fold"), Text(cells[1], "green"), Text("   ".join(cells[2:]), "dim"))
             if not out.isatty():
                 print(*cells, sep="\t", file=out)
@@ -157,11 +164,14 @@ def parse(arguments: list[str]) -> Namespace:
         "--overlay",
         metavar="DIR",
         type=a_path,
-        help="segmentation: paint the classes over the images, write label maps",
+        help="segmentation: paint the classes over images, write label maps; detection: draw and list the objects",
     )
+    flag("--score", metavar="P", type=float, default=0.5, help="detection: leave out less sure objects (%(default)s)")
     given = parser.parse_args(arguments)
     if min(given.top, given.batch_size) < 1:
         raise UserError("--top and --batch-size must be at least 1")
+    if not 0 <= given.score <= 1:
+        raise UserError(f"--score {given.score}: must be from 0 to 1")
     return given
 
 
@@ -177,13 +187,17 @@ def predict_images(arguments: list[str]) -> int:
     for line in trained.notes:
         screen.print(Text(printable(line)), soft_wrap=True)
     name = trained.config.MODEL.NAME
-    segments = trained.config.TASK == PIXELS
-    if given.overlay and not segments:
-        raise UserError(f"--overlay is for segmentation, and {given.checkpoint} tells the classes of whole images")
-    if given.image_size and segments:
-        raise UserError("--image-size is for classification; images are segmented at their own size")
+    task = trained.config.TASK
+    if given.overlay and task == CLASSES:
+        raise UserError(
+            f"--overlay is for segmentation and detection, and {given.checkpoint} tells the classes of whole images"
+        )
+    if given.image_size and task != CLASSES:
+        raise UserError("--image-size is for classification; TEST.RESIZE of its training says how others see an image")
     check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
-    if segments:
+    if task == OBJECTS:
+        answers = detect(trained, paths, device, given.score, given.overlay)
+    elif task == PIXELS:
         answers = segment(trained, paths, device, given.top, given.overlay)
     else:
         answers = predict(trained, paths, given)
@@ -192,8 +206,7 @@ def predict_images(arguments: list[str]) -> int:
         if image is None:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
         elif given.sheet and len(drawn) < ON_SHEET:
-            named = [(name, part) for _, name, part in map(dict.values, record["predictions"])]
-            drawn.append(Card(record["file"], image, named))
+            drawn.append(Card(record["file"], image, [*map(named_part, record["predictions"])]))
     if left_out:
         screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
     sound = sum("predictions" in record for record in records)

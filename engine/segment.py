@@ -1,24 +1,19 @@
 """Label maps of image files, as pictures and as files for programs."""
 
-import io
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from data.augmentation import DeviceStage, Plan
-from data.decoding import build_decoding, decode, read_file, tensor_to_pil
+from data.decoding import build_decoding, tensor_to_pil
+from engine.photographs import read_images, save
 from engine.precision import choose_precision
 from tasks.overlay import label_file, overlay, painted, shares
 from tasks.trained import TrainedModel
 from tasks.whole_image import build_whole_image
-from utils.files import write_whole, writing
-
-AHEAD = 2
-"""Images that are decoded while one is computed."""
 
 
 def segment(
@@ -40,37 +35,18 @@ def segment(
     precision, whole, decoding = choose_precision(config, device), build_whole_image(config), build_decoding(config)
     stage = DeviceStage(device, config.DATA.MEAN, config.DATA.STD)
     above = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-
-    def read(path: Path) -> torch.Tensor | str:
-        try:
-            return decode(read_file(path), decoding)
-        except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
-            return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-    with ThreadPoolExecutor(AHEAD) as pool:
-        waiting = [pool.submit(read, path) for path in paths[:AHEAD]]
-        for number, path in enumerate(paths):
-            image = waiting.pop(0).result()
-            waiting += [pool.submit(read, following) for following in paths[number + AHEAD : number + AHEAD + 1]]
-            if isinstance(image, str):
-                yield {"file": str(path), "error": image}, None
-                continue
-            with torch.inference_mode(), precision.autocast():
-                seen = stage(image[None], [Plan()])[0]
-                labels = whole.classes(trained.model, seen, tuple(image.shape[1:])).byte().cpu().numpy()
-            photograph, there = tensor_to_pil(image), shares(labels, classes)
-            if folder:
-                name = path.absolute().relative_to(above)
-                save(overlay(photograph, labels, classes), folder / "overlays" / name.with_suffix(".png"))
-                first = int(config.DATA.ZERO_IS_VOID)
-                save(label_file(labels, first, len(classes)), folder / "labels" / name.with_suffix(".png"))
-            told = [dict(class_index=i, **{"class": name}, share=float(f"{share:.6g}")) for i, name, share in there]
-            yield {"file": str(path), "predictions": told[:top]}, painted(photograph, labels, classes)
-
-
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, and its folder."""
-    picture.save(out := io.BytesIO(), "PNG")
-    with writing(path, "choose another --overlay"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, out.getvalue())
+    for path, image in read_images(paths, decoding):
+        if isinstance(image, str):
+            yield {"file": str(path), "error": image}, None
+            continue
+        with torch.inference_mode(), precision.autocast():
+            seen = stage(image[None], [Plan()])[0]
+            labels = whole.classes(trained.model, seen, tuple(image.shape[1:])).byte().cpu().numpy()
+        photograph, there = tensor_to_pil(image), shares(labels, classes)
+        if folder:
+            name = path.absolute().relative_to(above)
+            save(overlay(photograph, labels, classes), folder / "overlays" / name.with_suffix(".png"))
+            first = int(config.DATA.ZERO_IS_VOID)
+            save(label_file(labels, first, len(classes)), folder / "labels" / name.with_suffix(".png"))
+        told = [dict(class_index=i, **{"class": name}, share=float(f"{share:.6g}")) for i, name, share in there]
+        yield {"file": str(path), "predictions": told[:top]}, painted(photograph, labels, classes)

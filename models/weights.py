@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,8 @@ from models.build import build_model
 from models.crossformer import VARIANTS
 from models.crossformer.network import WRAPPERS
 from models.heads import Detector, Segmenter, from_published
+from models.heads.anchors import RATIOS
+from models.heads.retinanet import SCALES
 from utils.compat import timm_converter
 from utils.errors import UserError
 
@@ -58,7 +60,6 @@ def load_weights(
     *,
     allow_new_head: bool,
     unused: Container[str] = frozenset(),
-    classes_of: Callable[[int], int] = int,
 ) -> Loaded:
     """Copy ``state_dict`` (published, ours or from timm) into ``model``; every weight must match, and be a number.
 
@@ -68,11 +69,12 @@ def load_weights(
         source: where it came from, for errors.
         allow_new_head: when the number of classes differs, leave the head as it is instead of raising.
         unused: what the file may have besides and the model has not.
-        classes_of: how many classes so many outputs of the last layer tell apart.
 
     Raises:
         UserError: a weight is missing, left over, of another shape or kind, or not finite.
     """
+    if isinstance(model, Detector):
+        state_dict = from_published(state_dict)
     weights, notes = fit(state_dict, model, source)
     if beside := [key for key in weights if key in unused]:
         notes += _left_out("which the model has no use for", beside)
@@ -81,7 +83,7 @@ def load_weights(
     heads = _heads(cast(Any, model).pretrained_cfg["classifier"])
     head = tuple(f"{name}." for name in heads)
     rows = _rows(weights.get(f"{heads[0]}.weight"))
-    classes_in_file = None if rows is None else classes_of(rows)
+    classes_in_file = rows if rows is None or not isinstance(model, Detector) else model.classes_of(rows)
     new_head = classes_in_file != model.num_classes
     if new_head and not allow_new_head:
         raise UserError(
@@ -135,11 +137,10 @@ def load_detector(model: Detector, state_dict: dict[str, Tensor], source: str) -
     Raises:
         UserError: as :func:`load_weights`.
     """
-    weights = from_published(state_dict)
-    if not any("neck.fpn_convs." in key for key in weights):
+    if not any("neck.fpn_convs." in key for key in state_dict):
         loaded = load_weights(model.backbone, state_dict, source, allow_new_head=True, unused=model.removed)
         return [f"{loaded.matched} weights of the backbone matched, the head is new", *loaded.notes]
-    loaded = load_weights(model, weights, source, allow_new_head=True, classes_of=model.classes_of)
+    loaded = load_weights(model, state_dict, source, allow_new_head=True)
     last = f"the last layers are new ({loaded.classes_in_file} classes in the file)"
     return [f"{loaded.matched} weights matched, {last if loaded.new_head else 'the head too'}", *loaded.notes]
 
@@ -188,6 +189,17 @@ def segmenter_classes(state_dict: dict[str, Tensor]) -> int | None:
     return _rows(weights.get("decode_head.conv_seg.weight"))
 
 
+def detector_in(state_dict: dict[str, Tensor]) -> tuple[str, int, bool] | None:
+    """Tell a detector's head, how many classes it finds, and whether masks too; None for other weights."""
+    weights = from_published(state_dict)
+    for anchor, head in LAST_OF_DETECTORS.items():
+        found = _unwrapped(weights, anchor)
+        if rows := _rows(found.get(anchor)):
+            classes = rows // ANCHORS_OF_RETINANET if head == "retinanet" else rows - 1
+            return head, classes, any("mask_predictor." in key for key in found)
+    return None
+
+
 def variant_of(state_dict: dict[str, Tensor]) -> str:
     """The name of the variant whose weights these are; an empty string when they are of none."""
     weights = _unwrapped(state_dict, EMBEDDING)
@@ -230,6 +242,13 @@ def is_finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
+LAST_OF_DETECTORS = {
+    "retinanet.head.classification_head.cls_logits.weight": "retinanet",
+    "roi_heads.box_predictor.cls_score.weight": "mask_rcnn",
+    "roi_heads.stages.0.box_predictor.cls_score.weight": "cascade_mask_rcnn",
+}
+"""Keys by which a detector is known, and its head."""
+ANCHORS_OF_RETINANET = len(SCALES) * len(RATIOS)
 EMBEDDING = "patch_embed.norm.weight"
 """A key by which a CrossFormer is known."""
 

@@ -7,10 +7,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from config import PIXELS, Config, build_config, default_config, flatten, settings_in
-from models import build_model, build_segmenter, load_weights
+from config import OBJECTS, PIXELS, Config, build_config, default_config, flatten, settings_in
+from models import build_detector, build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
-from models.weights import check_size, classes_in, segmenter_classes, variant_of
+from models.weights import check_size, classes_in, detector_in, segmenter_classes, variant_of
 from tasks.class_names import in_words, named_classes
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
@@ -25,7 +25,7 @@ GROUPS_AS_PUBLISHED = [
     ("MODEL.CROSSFORMER.GROUP_SIZE", [7, 7, 7, 7], "the published recipe"),
     ("MODEL.CROSSFORMER.INTERVAL", [8, 4, 2, 1], "the published recipe"),
 ]
-"""For a segmenter's weights that come without settings."""
+"""For a segmenter's or detector's weights that come without settings."""
 PREPARATION = (
     "DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.MEAN", "DATA.STD", "TEST.CROP", "TEST.CROP_PCT",
     *SAID_BESIDES.values(),
@@ -70,20 +70,30 @@ def load_trained(
     which, state_dict = checkpoint.choose(checkpoint.weights_in(content, path), weights, path)
     known = facts_of(content, path)
     config = _config_of(content, state_dict, path, name, image_size)
-    segments = config.TASK == PIXELS
-    num_classes = segmenter_classes(state_dict) if segments else classes_in(state_dict, config.MODEL.NAME)
-    if num_classes is None:
-        raise UserError(f"{path} has no head of {config.MODEL.NAME}, so it cannot tell classes apart")
-    if not segments:
-        check_size(config, num_classes, state_dict, path)
-    model = (build_segmenter if segments else build_model)(config, num_classes)
+    model = _build(config, state_dict, path)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
-    told = ("step", "epoch", "top1", "top5", "miou", "loss", "images")
+    num_classes = model.num_classes
+    told = ("step", "epoch", "top1", "top5", "miou", "box_ap", "mask_ap", "loss", "images")
     facts: dict[str, Any] = {key: known[key] for key in told if key in known}
     facts["weights"] = which
     model.to(device).to(memory_format=torch.channels_last).eval()
     classes = in_words(named_classes(content, num_classes, path), num_classes)
     return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
+
+
+def _build(config: Config, state_dict: dict[str, Tensor], path: str) -> Any:
+    """The network of a config, with as many classes as its weights have."""
+    detector = detector_in(state_dict) if config.TASK == OBJECTS else None
+    if detector is not None:
+        return build_detector(config, detector[1], detector[2])
+    segments = config.TASK == PIXELS
+    num_classes = segmenter_classes(state_dict) if segments else classes_in(state_dict, config.MODEL.NAME)
+    if num_classes is None:
+        raise UserError(f"{path} has no head of {config.MODEL.NAME}, so it cannot tell classes apart")
+    if segments:
+        return build_segmenter(config, num_classes)
+    check_size(config, num_classes, state_dict, path)
+    return build_model(config, num_classes)
 
 
 def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> Config:
@@ -108,7 +118,11 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
         if not timm.is_model(found):
             raise UserError(f"--model {found} is not a model that timm knows{did_you_mean(found, timm.list_models())}")
         settings.append(("MODEL.NAME", found, path))
-        if segmenter_classes(weights) is None:
+        detector = detector_in(weights)
+        if detector is not None:
+            settings += [("TASK", OBJECTS, path), ("MODEL.HEAD", detector[0], path), ("TEST.RESIZE", [1333, 800], path)]
+            settings += GROUPS_AS_PUBLISHED if found in CROSSFORMERS else []
+        elif segmenter_classes(weights) is None:
             cfg = timm.get_pretrained_cfg(found)  # not every model has one
             settings += preparation_of({"pretrained_cfg": cfg.to_dict()} if cfg else {}, path)
         else:

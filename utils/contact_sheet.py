@@ -58,7 +58,10 @@ def draw_cards(cards: list[Card], title: str) -> bytes:
     """Draw a card for each image: the end of its path, the image, and a bar for each of the first classes."""
     rows = max(-(-len(cards) // PER_ROW), round((len(cards) / 2) ** 0.5))
     columns = -(-len(cards) // rows)
-    width, height = SIDE + 2 * PAD, SIDE + (1 + len(cards[0].answers[:BARS])) * BAR + 5 * PAD // 2
+    width, height = (
+        SIDE + 2 * PAD,
+        SIDE + (1 + min(BARS, max(len(card.answers) for card in cards))) * BAR + 5 * PAD // 2,
+    )
     size = columns * (width + PAD) + PAD, rows * (height + PAD) + BAR + 2 * PAD
     draw = ImageDraw.Draw(sheet := Image.new("RGB", size, PAPER))
     middle = BAR / 2 - 2

@@ -1,0 +1,217 @@
+"""Detection by the command line: trained, evaluated alike on any number of processes, carried on bit-identically."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import start
+from conftest import ROOT, Result
+from make_coco import CLASSES, write_coco
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tasks.average_precision import evaluate_results, of_each_class, read_truth, to_results, twelve
+from tasks.objects import pad_together, unpack_masks
+
+RUN = (
+    "--cfg", "configs/detection/mask_rcnn_micro.yaml", "--tag", "run", "--batch-size", "4", "--opts",
+    "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[96, 64]", "TEST.RESIZE", "[96, 64]",
+    "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]", "MODEL.HEAD_CHANNELS", "16",
+    "TRAIN.STEPS", "6", "TRAIN.WARMUP_STEPS", "1", "TRAIN.EVAL_EVERY_STEPS", "3", "TRAIN.SAVE_EVERY_STEPS", "1",
+    "PRINT_FREQ", "1", "TRAIN.BASE_LR", "1e-5", "TRAIN.WARMUP_LR", "0",
+)  # fmt: skip
+"""So low a learning rate leaves the scores where they are, and much is found."""
+REFERENCE = ROOT / "tests/data/dense_heads"
+
+
+def run(folder: Path, *arguments, ok: bool = True, script: str = "main.py", **how) -> Result:
+    done = start(script, *arguments, "--output", folder, **how)
+    result = Result(done.returncode, done.stdout, done.stderr, folder / "mask_rcnn_crossformer_micro/run")
+    assert not ok or result.status == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("objects") / "data", train=24, val=7)
+
+
+@pytest.fixture(scope="session")
+def trained(objects, tmp_path_factory) -> Result:
+    return run(tmp_path_factory.mktemp("trained"), *RUN, "--data-path", objects)
+
+
+def test_training(trained):
+    assert [event["step"] for event in trained.events("train")] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in trained.events("eval")] == [3, 6]
+    assert "of 2 classes" in trained.stdout
+    for term in ("rpn_cls", "rpn_box", "cls", "box", "mask"):
+        assert all(event[term] > 0 for event in trained.events("train")), term
+    last = trained.events("eval")[-1]
+    assert {"box_ap", "box_ap50", "box_ar100", "mask_ap", "mask_ap75", "images"} <= last.keys()
+    assert last["images"] == 7
+    best = torch.load(trained.results / "checkpoints/best.pth", weights_only=True)
+    assert best["classes"] == CLASSES
+    assert best["box_ap"] == max(event["box_ap"] for event in trained.events("eval"))
+
+
+def evaluated(trained, objects, folder: Path, batch: int, nproc: int) -> tuple[list, dict]:
+    words = [batch if word == "4" else word for word in RUN]
+    path = trained.results / "checkpoints/last.pth"
+    result = run(folder, *words, "--data-path", objects, "--eval", "--resume", path, "--report", nproc=nproc)
+    return json.loads((result.results / "report_model/results.json").read_text()), result.events("eval")[0]
+
+
+@pytest.fixture(scope="session")
+def reported(trained, objects, tmp_path_factory) -> tuple[list, dict, Path]:
+    folder = tmp_path_factory.mktemp("reported")
+    results, event = evaluated(trained, objects, folder, 4, 1)
+    return results, event, folder / "mask_rcnn_crossformer_micro/run/report_model"
+
+
+@pytest.mark.parametrize(("nproc", "batch"), [(1, 1), (2, 4), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_same_result_on_any_number_of_processes(trained, reported, objects, tmp_path, nproc, batch):
+    """Images of mixed sizes: every object that is found, its box, score and mask, to the last digit."""
+    results, event = evaluated(trained, objects, tmp_path, batch, nproc)
+    assert results == reported[0]
+    assert results
+    alike = ("box_ap", "mask_ap", "box_ar100", "images")
+    assert {k: event[k] for k in alike} == {k: reported[1][k] for k in alike}
+    assert {k: event[k] for k in alike} == {k: trained.events("eval")[-1][k] for k in alike}
+
+
+def test_report(reported, objects):
+    """AP of each class as pycocotools has it, the confusion of all objects, and pictures."""
+    results, event, folder = reported
+    rows = list(csv.DictReader((folder / "per_class.csv").open()))
+    assert [row["class"] for row in rows] == CLASSES
+    truth = read_truth(next((objects / "annotations").glob("*val*.json")))
+    there = [one for one in truth.dataset["annotations"] if not one["iscrowd"]]
+    assert sum(int(row["objects"]) for row in rows) == len(there)
+    mean = np.mean([float(row["box_ap"]) for row in rows if row["box_ap"]])
+    assert 100 * mean == pytest.approx(event["box_ap"], abs=1e-6)
+    matrix = np.array(
+        [[int(x) for x in row[1:]] for row in list(csv.reader((folder / "confusion_matrix.csv").open()))[1:]]
+    )
+    assert matrix[:-1].sum() == len(there)
+    assert matrix[:, :-1].sum() == sum(one["score"] >= 0.5 for one in results)
+    assert Image.open(folder / "worst.png").height > 7 * 200
+    assert (folder / "report.png").stat().st_size > 10_000
+
+
+def test_pictures_in_tensorboard(trained):
+    events = EventAccumulator(str(trained.results / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("model/images")] == [3, 6]
+
+
+def test_two_processes_train_as_one(objects, tmp_path):
+    """2 x 2 images make the step of 1 x 4, all padded to one size; the heads take every proposal, nothing is drawn."""
+    terms = []
+    for nproc, batch in ((1, 4), (2, 2)):
+        words = [batch if word == "4" else word for word in RUN]
+        words += ["TRAIN.STEPS", "3", "DATA.BY_ORIENTATION", "False", "TEST.MULTIPLE", "96", "--data-path", objects]
+        result = run(tmp_path / str(nproc), *words, nproc=nproc, script="tests/main_without_draws.py")
+        terms.append(
+            [[event[name] for name in ("rpn_cls", "rpn_box", "cls", "box", "mask")] for event in result.events("train")]
+        )
+    np.testing.assert_allclose(*terms, atol=1e-5)
+
+
+def test_prediction(trained, reported, objects, tmp_path):
+    """What evaluation has found, as a table, as COCO's json, and drawn."""
+    words = ("--checkpoint", trained.results / "checkpoints/last.pth", objects / "images/val", "--weights", "model")
+    done = start("predict.py", *words, "--format", "json", "--score", "0", "--overlay", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    assert sum(len(record["predictions"]) for record in records) == len(reported[0])
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    assert [one["name"] for one in content["categories"]] == CLASSES
+    names = {one["id"]: one["file_name"] for one in content["images"]}
+    truth = read_truth(next((objects / "annotations").glob("*val*.json")))
+    numbers = {Path(image["file_name"]).name: image["id"] for image in truth.dataset["images"]}
+    here = sorted((numbers[names[one["image_id"]]], one["score"], one["bbox"]) for one in content["annotations"])
+    assert here == sorted((one["image_id"], one["score"], one["bbox"]) for one in reported[0])
+    for record in records:
+        drawn = Image.open(tmp_path / "out/overlays" / f"{Path(record['file']).stem}.png")
+        assert max(drawn.size) >= 600
+    done = start("predict.py", *words, "--score", "1", "--sheet", tmp_path / "sheet.png")
+    assert done.stdout.count("nothing") == 7
+    assert Image.open(tmp_path / "sheet.png").width > 224
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_average_precision_is_pycocotools(kind):
+    truth = read_truth(REFERENCE / "ap_ground_truth.json")
+    results = json.loads((REFERENCE / "ap_detections.json").read_text())
+    told = json.loads((REFERENCE / "ap.json").read_text())[kind]
+    done = evaluate_results(truth, results, [image["id"] for image in truth.dataset["images"]], kind)
+    assert done.stats.tolist() == told["stats"]
+    for category, ap in of_each_class(done).items():
+        expected = told["AP_of_category"][str(category)]
+        assert np.isnan(ap) if expected is None else ap == pytest.approx(expected, abs=1e-12)
+
+
+def test_nothing_found():
+    truth = read_truth(REFERENCE / "ap_ground_truth.json")
+    done = evaluate_results(truth, [], [image["id"] for image in truth.dataset["images"]], "bbox")
+    assert set(twelve(done, "bbox").values()) == {0.0}
+
+
+def test_results_as_coco_has_them():
+    found = {"boxes": torch.tensor([[1.0, 2.0, 4.0, 8.0]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
+    masks = torch.zeros(1, 10, 9, dtype=torch.bool)
+    masks[0, 2:8, 1:4] = True
+    (one,) = to_results(42, found, [3, 7], masks)
+    assert (one["image_id"], one["category_id"], one["bbox"], one["score"]) == (42, 7, [1, 2, 3, 6], 0.5)
+    assert one["segmentation"]["size"] == [10, 9]
+    json.dumps(one)
+
+
+def test_a_batch_is_padded_and_masks_with_it():
+    images = [torch.ones(3, 33, 20), torch.ones(3, 10, 40)]
+    batch = pad_together(images, 32)
+    assert batch.shape == (2, 3, 64, 64)
+    assert batch.sum((1, 2, 3)).tolist() == [3 * 33 * 20, 3 * 10 * 40]
+    masks = np.random.RandomState(0).randint(0, 2, (2, 33, 20)).astype(np.uint8)
+    unpacked = unpack_masks(torch.from_numpy(np.packbits(masks, axis=-1)), 20, 64, 64)
+    assert torch.equal(unpacked[:, :33, :20], torch.from_numpy(masks))
+    assert unpacked.sum() == masks.sum()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["MODEL.HEAD", "upernet"], "MODEL.HEAD upernet (--opts): is for segmentation"),
+        (["AUG.MIXUP", "0.5"], "AUG.MIXUP 0.5 (--opts): is read by classification only"),
+        (["TEST.VIEWS", "flip"], "TEST.VIEWS flip (--opts): is not for detection"),
+        (
+            ["TRAIN.AUTO_MICRO_BATCH", "True"],
+            "TRAIN.AUTO_MICRO_BATCH True (--opts): is not for detection; its losses are of a whole batch",
+        ),
+        (["MODEL.HEAD", "cascade_mask_rcnn", "MODEL.STYLE", "torchvision"], "style 'torchvision' is not one of"),
+        (["MODEL.NAME", "levit_128"], "MODEL.CROSSFORMER.EMBED_DIM is set, but MODEL.NAME levit_128 is no CrossFormer"),
+    ],
+)
+def test_wrong_settings_are_named(objects, tmp_path, words, message):
+    result = run(tmp_path, *RUN, *words, "--data-path", objects, ok=False)
+    assert result.status == 2
+    assert message in result.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("backbone", ["resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224"])
+def test_other_backbones_train_two_steps(objects, tmp_path, backbone, head):
+    flags = ["--batch-size", "2", "--opts", "MODEL.NAME", backbone, "MODEL.DROP_PATH_RATE", "0", "MODEL.HEAD", head]
+    if backbone.startswith("swin"):
+        flags += ["MODEL.KWARGS", "{strict_img_size: False}"]
+    flags += ["DATA.NUM_WORKERS", "0", "AUG.RESIZE", "[96, 64]", "TEST.RESIZE", "[96, 64]", "TRAIN.STEPS", "2"]
+    flags += ["TRAIN.WARMUP_STEPS", "1", "TRAIN.EVAL_EVERY_STEPS", "2", "PRINT_FREQ", "1", "--data-path", objects]
+    done = start("main.py", *RUN[:4], *flags, "--output", tmp_path, fresh=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*/run/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2]
