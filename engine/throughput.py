@@ -60,11 +60,12 @@ def run_throughput(config: Config, device: torch.device) -> dict:
 
     batch_size, size = config.DATA.BATCH_SIZE, height_and_width(config.DATA.IMG_SIZE)
     batch = task.synthetic_batch(batch_size)
+    images = task.prepare(batch).images
 
     @torch.inference_mode()
     def forward() -> None:
         with precision.autocast():
-            model(batch.images)
+            model(images)
 
     def training_step() -> None:
         step(0, iter([batch]))

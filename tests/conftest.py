@@ -11,6 +11,7 @@ import torch
 from commands import start
 from make_coco import write_coco
 from make_layouts import LAYOUTS
+from make_coco import write_coco
 from make_pairs import write_pairs
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -137,3 +138,9 @@ def pairs(tmp_path_factory) -> Path:
 def coco(tmp_path_factory) -> Path:
     """13 training and 7 validation images of mixed sizes with objects of 2 classes."""
     return write_coco(tmp_path_factory.mktemp("coco"))
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory) -> Path:
+    """24 training and 7 validation images of mixed sizes in COCO's format, with masks of 2 classes."""
+    return write_coco(tmp_path_factory.mktemp("objects") / "data", train=24, val=7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import start
 from conftest import ROOT, Result
-from make_coco import CLASSES, write_coco
+from make_coco import CLASSES
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,11 +32,6 @@ def run(folder: Path, *arguments, ok: bool = True, script: str = "main.py", **ho
     result = Result(done.returncode, done.stdout, done.stderr, folder / "mask_rcnn_crossformer_micro/run")
     assert not ok or result.status == 0, result.stdout + result.stderr
     return result
-
-
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("objects") / "data", train=24, val=7)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,21 @@
+"""A detector's training, killed in the middle and carried on, is the one that nobody has killed."""
+
+import pytest
+import torch
+from runs import Run, assert_same_run, undisturbed_run
+from test_detection import RUN
+
+
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_killed_and_carried_on(objects, tmp_path, workers):
+    flags = (*RUN, "DATA.NUM_WORKERS", workers, "TRAIN.EMA_DECAY", "0.9", "--data-path", objects)
+    (tmp_path / "killed").mkdir()
+    run = Run(tmp_path / "killed", *flags)
+    assert run.wait_for("step 3/6")
+    run.kill()
+    assert "carrying on from" in undisturbed_run(tmp_path / "killed", *flags)
+    undisturbed_run(tmp_path / "whole", *flags)
+    paths = [tmp_path / name / "output/mask_rcnn_crossformer_micro/run" for name in ("killed", "whole")]
+    assert_same_run(*(torch.load(path / "checkpoints/last.pth", weights_only=True) for path in paths))
+    first, second = (path.joinpath("metrics.jsonl").read_text().splitlines() for path in paths)
+    assert len(first) == len(second)
