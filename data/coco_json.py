@@ -250,6 +250,15 @@ def is_number(value: Any, limit: float) -> bool:
     return type(value) in (int, float) and -limit <= value <= limit
 
 
+def are_numbers(values: list[Any], limit: float) -> bool:
+    """Tell the same of each in a list; numpy does so much faster."""
+    try:
+        numbers = np.array(values)
+    except ValueError:  # lists of different lengths in it
+        return False
+    return numbers.dtype.kind in "if" and numbers.ndim == 1 and bool(((numbers >= -limit) & (numbers <= limit)).all())
+
+
 def shown(value: Any) -> str:
     """Show a value of a file in an error, on one line."""
     text = ascii(value) if not isinstance(value, str) else repr(value)
@@ -269,7 +278,7 @@ def polygons_as_bytes(polygons: Any, height: int, width: int) -> bytes:
         if not isinstance(polygon, list) or len(polygon) % 2 or len(polygon) < LEAST_NUMBERS:
             count = f"of {len(polygon)} numbers" if isinstance(polygon, list) else shown(polygon)
             raise ValueError(f"has a polygon {count}; x and y of three points or more make one")
-        if not all(is_number(number, limit) for number in polygon):
+        if not are_numbers(polygon, limit):
             raise ValueError("has a polygon with what is no number, or far outside of the image")
     return rle.merge(rle.frPyObjects(polygons, height, width))["counts"]
 

@@ -56,6 +56,20 @@ def test_the_index_holds_what_the_file_says(coco):
         assert train.counts[i] == (~objects.crowd).sum()
 
 
+def test_the_order_of_a_file_does_not_matter(coco, tmp_path):
+    shutil.copytree(coco, tmp_path / "data", ignore=shutil.ignore_patterns(".index*"))
+    path = tmp_path / "data/annotations/train.json"
+    content = json.loads(path.read_text())
+    content["images"].reverse()
+    content["categories"].reverse()
+    content["annotations"].sort(key=lambda one: one["id"] % 2)
+    path.write_text(json.dumps(content))
+    for i in range(11):
+        there, here = (opened(root)[0].objects(i) for root in (coco, tmp_path / "data"))
+        assert there.image_id == here.image_id
+        assert sorted(there.boxes.tolist()) == sorted(here.boxes.tolist())
+
+
 def test_masks_are_those_of_pycocotools(coco):
     """Polygons with corners between the pixels too."""
     _, val, _ = opened(coco)
@@ -168,6 +182,11 @@ MISTAKES = {
     "the segmentation of annotation 2 of image 100 has a polygon of 7 numbers": polygon(1, 2, 3, 4, 5, 6, 7),
     "has a polygon of 4 numbers": polygon(1, 2, 3, 4),
     "has a polygon with what is no number, or far outside": polygon(1, 2, 3, 4, 5, 1e9),
+    "has a polygon with what is no number": polygon(1, 2, 3, 4, 5, "6"),
+    "a polygon with what is no number": polygon(1, 2, 3, 4, 5, [6]),
+    "polygon with what is no number": polygon(1, 2, 3, 4, 5, float("nan")),
+    "with what is no number": polygon(1, 2, 3, 4, 5, -(2**63)),
+    "what is no number": polygon(1, 2, 3, 4, 5, 2**80),
     "the segmentation of annotation 2 of image 100 is 3, neither polygons": lambda c: object_(c, segmentation=3),
     "is of size [1, 2], the image [": run_lengths(size=[1, 2]),
     "has run lengths of another number of pixels than": run_lengths(counts=[5, 5]),

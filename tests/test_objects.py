@@ -10,10 +10,10 @@ import torch
 from make_coco import COLOURS
 
 from config import build_config
-from data.augmentation import DeviceStage
+from data.augmentation import DeviceStage, Plan
 from data.augmentation.objects import ObjectTransform, build_object_eval_transform, build_object_transform
 from data.build import build_eval_loader, build_train_loader, open_objects, orientations, padded_shapes, wants_masks
-from data.dataset import ImageDataset
+from data.dataset import HostBatch, ImageDataset
 from data.decoding import Decoding
 from data.objects import DecodeObjects, DecodeWhole
 from data.sampling import GroupedEvalBatches, GroupedTrainBatches
@@ -50,6 +50,15 @@ def test_resizing_and_flipping_exactly():
     expected[0, 3:18, 39:54] = expected[1, :, 0:15] = 1
     assert torch.equal(masks, expected)
     assert stay.tolist() == [True, True]
+
+
+def test_masks_take_the_pixel_before_and_images_the_neighbours_without_antialiasing():
+    """Of 8 columns 5: mask column i is floor(8 i / 5); an image's at 1.6 (i + 0.5) - 0.5 lies between two."""
+    masks = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.uint8).expand(1, 8, 8).contiguous()
+    image = (torch.arange(8) * 10).byte().expand(3, 8, 8).contiguous()
+    found, _, resized, _ = ObjectTransform((5, 5))(image, torch.tensor([[0.0, 0, 7, 8]]), masks)
+    assert resized[0, 0].tolist() == [1, 0, 1, 0, 1]
+    assert found[0, 0].tolist() == [3, 19, 35, 51, 67]
 
 
 @pytest.mark.parametrize(
@@ -151,9 +160,9 @@ def test_an_image_of_another_size_is_bad(coco):
     assert "its annotations say" in item[0, 0].bad[0]
 
 
-def loaders(config, workers: int = 0, sample=None, device: str = "cpu"):
+def loaders(config, device: str = "cpu"):
     train, val, _ = open_objects(config, training=True)
-    sample = sample or DecodeObjects(Decoding(), build_object_transform(config), masks=wants_masks(config))
+    sample = DecodeObjects(Decoding(), build_object_transform(config), masks=wants_masks(config))
     stage = DeviceStage(torch.device(device), config.DATA.MEAN, config.DATA.STD)
     whole = DecodeWhole(Decoding(), build_object_eval_transform(config))
     return (
@@ -199,6 +208,26 @@ def test_too_few_images_of_each_orientation(coco):
     loaders(config_of(coco, *SMALL, "DATA.BATCH_SIZE", "10", "DATA.BY_ORIENTATION", "False"))
     with pytest.raises(UserError, match="11 training images, fewer than one step takes"):
         loaders(config_of(coco, *SMALL, "DATA.BATCH_SIZE", "12"))
+
+
+def test_all_of_a_batch_is_pinned(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    targets = [{"boxes": np.zeros((2, 4), np.float32), "size": np.array([3, 5])}]
+    batch = HostBatch([np.zeros((3, 3, 5), np.uint8)], targets, [Plan()], [0], [0], [], "").pin_memory()
+    assert [tuple(tensor.shape) for tensor in pinned] == [(3, 3, 5), (2, 4), (2,)]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in (*batch.images, *batch.targets[0].values()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_arrive_on_a_gpu(coco):
+    config = config_of(coco, *SMALL, "DATA.NUM_WORKERS", "1")
+    here, there = (loaders(config, name)[0].micro_batches(0, 5) for name in ("cpu", "cuda:0"))
+    for a, b in zip(here, there, strict=True):
+        assert all(image.is_cuda for image in b.images)
+        for x, y in zip(a.targets, b.targets, strict=True):
+            assert all(y[key].is_cuda and torch.equal(x[key], y[key].cpu()) for key in x)
 
 
 # ---- which images make up which batch
