@@ -102,6 +102,9 @@ class Model(Section):
     STYLE: str = setting(
         "published", "Whose anchors, assignment and losses a detector has: those that CrossFormer was published with, "
         "or torchvision's", choices=("published", "torchvision"), task=OBJECTS)
+    ANCHOR_SCALE: float = setting(
+        0.0, "Side of a detector's smallest square anchors in strides of the map, less for smaller objects; 0 is as "
+        "published, 4 for retinanet, 8 for others", at_least=0, task=OBJECTS)
     HEAD_CHANNELS: int = setting(
         0, "Channels inside of HEAD; 0 is as published, 512 for upernet, 256 for others", at_least=0, task=DENSE)
     AUX_WEIGHT: float = setting(0.4, "Weight of the loss of UPerNet's auxiliary head", at_least=0, task=PIXELS)

@@ -96,7 +96,8 @@ def build_detector(config, num_classes: int, masks: bool) -> Detector:
     try:
         backbone = build_model(config, num_classes=0, drop_rate=-1.0)
         wanted = config.MODEL
-        return create_detector(wanted.HEAD, backbone, num_classes, masks, wanted.STYLE, wanted.HEAD_CHANNELS)
+        inside = wanted.STYLE, wanted.HEAD_CHANNELS, wanted.ANCHOR_SCALE
+        return create_detector(wanted.HEAD, backbone, num_classes, masks, *inside)
     except ValueError as error:
         raise UserError(f"MODEL.NAME {config.MODEL.NAME} takes no head for detection: {error}") from error
 

@@ -15,7 +15,7 @@ from models.crossformer import VARIANTS
 from models.crossformer.network import WRAPPERS
 from models.heads import Detector, Segmenter, from_published
 from models.heads.anchors import RATIOS
-from models.heads.retinanet import SCALES
+from models.heads.retinanet import STEPS
 from utils.compat import timm_converter
 from utils.errors import UserError
 
@@ -248,7 +248,7 @@ LAST_OF_DETECTORS = {
     "roi_heads.stages.0.box_predictor.cls_score.weight": "cascade_mask_rcnn",
 }
 """Keys by which a detector is known, and its head."""
-ANCHORS_OF_RETINANET = len(SCALES) * len(RATIOS)
+ANCHORS_OF_RETINANET = len(STEPS) * len(RATIOS)
 EMBEDDING = "patch_embed.norm.weight"
 """A key by which a CrossFormer is known."""
 

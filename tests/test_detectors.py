@@ -406,6 +406,14 @@ def test_a_file_that_matches_little_is_refused(keep):
         load_detector(model, part, "a file")
 
 
+def test_smaller_anchors_for_smaller_objects():
+    sides = []
+    for head, scale in (("retinanet", 0), ("retinanet", 2), ("mask_rcnn", 0), ("mask_rcnn", 4)):
+        model = small_detector(head, anchor_scale=scale)
+        sides.append((model.retinanet if head == "retinanet" else model.rpn).anchor_generator.sizes[0][0])
+    assert sides == [32, 16, 32, 16]
+
+
 def test_what_does_not_go_is_refused():
     with pytest.raises(ValueError, match="head 'fcos' is not one of retinanet, mask_rcnn, cascade_mask_rcnn"):
         create_detector("fcos", "crossformer_micro", 5)

@@ -33,6 +33,7 @@ class Detector(OnMaps):
         masks: find each object's pixels too; of ``retinanet`` it is without meaning.
         style: anchors, assignment and losses as ``published`` with CrossFormer, or those of ``torchvision``.
         head_channels: of the pyramid; 0 for the published number.
+        anchor_scale: side of the smallest square anchors in strides of the map; 0 for the published number.
 
     Raises:
         ValueError: there is no such head or style, or the backbone gives no maps of several sizes; the message starts
@@ -47,6 +48,7 @@ class Detector(OnMaps):
         masks: bool = True,
         style: str = "published",
         head_channels: int = 0,
+        anchor_scale: float = 0.0,
     ):
         if head not in DETECTORS:
             raise ValueError(f"head {head!r} is not one of {', '.join(DETECTORS)}")
@@ -56,16 +58,17 @@ class Detector(OnMaps):
         if len(set(self.reductions)) < len(self.reductions):
             raise ValueError("backbone gives maps of one size only, and a pyramid takes several")
         channels, published = head_channels or PYRAMID_CHANNELS, style == "published"
+        scale = (anchor_scale,) if anchor_scale else ()
         self.finds_masks = masks and head != "retinanet"
         if head == "retinanet":
             *_, last = self.reductions
             strides = [*self.reductions[1:], 2 * last, 4 * last]
             self.neck = FPN(self.channels[1:], channels, extra=2, relu=not published)
-            self.retinanet = RetinaHead(strides, channels, num_classes, published)
+            self.retinanet = RetinaHead(strides, channels, num_classes, published, *scale)
             return
         self.neck = FPN(self.channels, channels)
         strides = [*self.reductions, 2 * self.reductions[-1]]
-        self.rpn = Proposals(strides, channels) if published else torchvision_rpn(strides, channels)
+        self.rpn = (Proposals if published else torchvision_rpn)(strides, channels, *scale)
         if head == "cascade_mask_rcnn":
             self.roi_heads: nn.Module = CascadeHeads(self.reductions, channels, num_classes, masks)
         elif published:
@@ -141,6 +144,7 @@ def create_detector(
     masks: bool = True,
     style: str = "published",
     head_channels: int = 0,
+    anchor_scale: float = 0.0,
     **kwargs,
 ) -> Detector:
     """Build a network for object detection on any backbone of timm's that gives maps of several sizes.
@@ -152,9 +156,10 @@ def create_detector(
         masks: find each object's pixels too.
         style: ``published`` with CrossFormer, or ``torchvision``.
         head_channels: of the pyramid; 0 for the published number.
+        anchor_scale: side of the smallest square anchors in strides of the map; 0 for the published number.
         kwargs: what ``timm.create_model`` takes for the backbone besides.
 
     Raises:
         ValueError: there is no such head or style, or the backbone gives no maps of several sizes.
     """
-    return Detector(a_backbone(backbone, **kwargs), head, num_classes, masks, style, head_channels)
+    return Detector(a_backbone(backbone, **kwargs), head, num_classes, masks, style, head_channels, anchor_scale)

@@ -20,7 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from .anchors import RATIOS, BestToEach, ExactAnchors
 from .boxes import AlignedRoIAlign, BoundedBoxCoder, full_precision, mask_targets, mean_over_ranks
 
-ANCHOR_SCALE = 8
+ANCHOR_SCALE = 8.0
 """Side of a square anchor, in strides."""
 BOX_SIDE, MASK_SIDE, TARGET_SIDE = 7, 14, 28
 FC_CHANNELS = 1024
@@ -63,12 +63,13 @@ class Proposals(RegionProposalNetwork):
     Args:
         strides: of the levels, in pixels.
         channels: of each level.
+        scale: side of a square anchor, in strides.
     """
 
-    def __init__(self, strides: Sequence[int], channels: int):
+    def __init__(self, strides: Sequence[int], channels: int, scale: float = ANCHOR_SCALE):
         head = ProposalHead(channels, len(RATIOS))
         super().__init__(
-            ExactAnchors(strides, (ANCHOR_SCALE,)), head, 0.7, 0.3, 256, 0.5, BEFORE_NMS, PROPOSALS, nms_thresh=0.7
+            ExactAnchors(strides, (scale,)), head, 0.7, 0.3, 256, 0.5, BEFORE_NMS, PROPOSALS, nms_thresh=0.7
         )
         self.box_coder = BoundedBoxCoder()
         self.proposal_matcher = BestToEach(0.7, 0.3, least=0.3)
@@ -235,9 +236,9 @@ def add_masks(results: list[dict[str, Tensor]], logits: Tensor) -> None:
         each["masks"] = masks[at, each["labels"]].sigmoid()
 
 
-def torchvision_rpn(strides: Sequence[int], channels: int) -> RegionProposalNetwork:
+def torchvision_rpn(strides: Sequence[int], channels: int, scale: float = ANCHOR_SCALE) -> RegionProposalNetwork:
     """Build torchvision's own region proposal network."""
-    anchors = AnchorGenerator(tuple((ANCHOR_SCALE * stride,) for stride in strides), (RATIOS,) * len(strides))
+    anchors = AnchorGenerator(tuple((int(scale * stride),) for stride in strides), (RATIOS,) * len(strides))
     both = {"training": 2000, "testing": 1000}
     return RegionProposalNetwork(anchors, RPNHead(channels, len(RATIOS)), 0.7, 0.3, 256, 0.5, both, both, 0.7)
 

@@ -18,8 +18,10 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 from .anchors import BestToEach, ExactAnchors
 from .boxes import BoundedBoxCoder, full_precision, mean_over_ranks
 
-SCALES = 4.0, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)
-"""Of the square anchors, in strides."""
+ANCHOR_SCALE = 4.0
+"""Side of the smallest square anchor, in strides."""
+STEPS = 1.0, 2 ** (1 / 3), 2 ** (2 / 3)
+"""What the sides of the others are in terms of it."""
 DETECTIONS = 100
 """At most so many in an image."""
 
@@ -32,16 +34,24 @@ class RetinaHead(RetinaNet):
         channels: of each level.
         num_classes: classes to find.
         published: compute what was published with CrossFormer; else what torchvision does.
+        scale: side of the smallest square anchor, in strides.
     """
 
-    def __init__(self, strides: Sequence[int], channels: int, num_classes: int, published: bool = True):
+    def __init__(
+        self,
+        strides: Sequence[int],
+        channels: int,
+        num_classes: int,
+        published: bool = True,
+        scale: float = ANCHOR_SCALE,
+    ):
         body = nn.Identity()
         body.out_channels = channels  # type: ignore[assignment]
         anchors: AnchorGenerator
         if published:
-            anchors = ExactAnchors(strides, SCALES)
+            anchors = ExactAnchors(strides, [scale * step for step in STEPS])
         else:
-            sizes = tuple(tuple(int(stride * scale) for scale in SCALES) for stride in strides)
+            sizes = tuple(tuple(int(stride * scale * step) for step in STEPS) for stride in strides)
             anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
         counts = {"detections_per_img": DETECTIONS, "proposal_matcher": BestToEach(0.5, 0.4)} if published else {}
         super().__init__(body, num_classes, anchor_generator=anchors, **counts)
