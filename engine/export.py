@@ -20,10 +20,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from config import SETTINGS, settings_in
-from models import build_model, build_segmenter
 from models.build import ARCHITECTURE
-from models.heads import AtImageSize, Segmenter
-from tasks.trained import SAID_BESIDES, TrainedModel
+from models.heads import AtImageSize, Detector, FixedDetector, Segmenter, largest_differences
+from tasks.trained import SAID_BESIDES, TrainedModel, build
 from utils import checkpoint
 from utils.errors import UserError
 from utils.files import writing
@@ -32,6 +31,9 @@ from utils.timing import seconds
 
 TOLERANCE = 1e-4
 OPSET = 20
+PIXELS_OF_A_BOX = 0.01
+DETECTIONS_COMPARED = 5
+"""So many images are compared of a detector."""
 TIMED_BATCH, ROUNDS, SECONDS_PER_ROUND = 8, 5, 0.2
 
 
@@ -53,14 +55,25 @@ class Source(NamedTuple):
         """Whether it tells the class of each pixel."""
         return isinstance(self.trained.model, Segmenter)
 
+    @property
+    def detects(self) -> bool:
+        """Whether it finds objects."""
+        return isinstance(self.trained.model, Detector)
+
     def graph(self) -> nn.Module:
-        """What is to be computed: a segmenter's logits have the size of the image."""
-        return AtImageSize(self.trained.model) if self.segments else self.trained.model
+        """What is to be computed."""
+        return as_graph(self.trained.model)
+
+    def outputs(self) -> list[str]:
+        """The names of what it computes."""
+        if not self.detects:
+            return ["logits"]
+        return ["boxes", "scores", "labels", "masks"][: 4 if cast(Detector, self.trained.model).finds_masks else 3]
 
     def preparation(self) -> dict[str, Any]:
         """How an image becomes the model's input, in timm's words."""
         data, test = self.trained.config.DATA, self.trained.config.TEST
-        if self.segments:
+        if self.segments or self.detects:
             size = dict(input_size=list(self.images.shape[1:]), interpolation="bilinear", crop_mode="none")
             return size | dict(mean=data.MEAN, std=data.STD)
         crop = dict(crop_pct=test.CROP_PCT, crop_mode="center") if test.CROP else dict(crop_pct=1.0, crop_mode="squash")
@@ -76,9 +89,16 @@ class Source(NamedTuple):
         model, classes = self.trained.config.MODEL, self.trained.classes
         arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
         described = dict(architecture=model.NAME, model_args=arguments, classes=classes)
-        described |= {"head": model.HEAD} if self.segments else {}
+        described |= {"head": model.HEAD} if self.segments or self.detects else {}
         described |= self.preparation() | self.besides()
         return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
+
+
+def as_graph(model: nn.Module) -> nn.Module:
+    """A segmenter's logits have the size of the image, a detector's answers a fixed one."""
+    if isinstance(model, Detector):
+        return FixedDetector(model)
+    return AtImageSize(model) if isinstance(model, Segmenter) else model
 
 
 def torch_export(source: Source, path: Path) -> Callable:
@@ -90,7 +110,7 @@ def torch_export(source: Source, path: Path) -> Callable:
 def onnx(source: Source, path: Path) -> Callable:
     import onnxruntime
 
-    how: dict[str, Any] = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"])
+    how: dict[str, Any] = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=source.outputs())
     program = torch.onnx.export(source.graph(), (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
     assert program is not None
     program.model.metadata_props.update(source.metadata())
@@ -98,20 +118,25 @@ def onnx(source: Source, path: Path) -> Callable:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    def run(images: Tensor) -> Any:
+        found = [torch.from_numpy(part) for part in session.run(source.outputs(), {"images": images.numpy()})]
+        return found[0] if len(found) == 1 else tuple(found)
+
+    return run
 
 
 def safetensors(source: Source, path: Path) -> Callable:
     save_file(source.trained.model.state_dict(), path, source.metadata())
-    build = build_segmenter if source.segments else build_model
-    model = build(source.trained.config, len(source.trained.classes))
-    model.load_state_dict(load_file(path))
-    return AtImageSize(model.eval()) if source.segments else model.eval()
+    weights = load_file(path)
+    model = build(source.trained.config, weights, str(path))
+    model.load_state_dict(weights)
+    return as_graph(model.eval())
 
 
 def hf(source: Source, path: Path) -> Callable:
-    if source.segments:
-        raise UserError("--format hf is for classifiers, timm has no segmenters; use onnx, torch_export or safetensors")
+    if source.segments or source.detects:
+        raise UserError("--format hf is for classifiers, as timm is; use onnx, torch_export or safetensors")
     said = {"label_names": source.trained.classes, **source.besides()}
     save_for_hf(source.trained.model, str(path), said, safe_serialization=True, data_config=source.preparation())
     (path / "README.md").write_text(model_card(source), encoding="utf-8")
@@ -201,6 +226,12 @@ def left_to_the_caller(source: Source) -> list[str]:
         )
         if test.WINDOW or test.SCALES != [1.0]:
             lines.append("TEST.WINDOW and TEST.SCALES are not in it: compute views and average their probabilities")
+    if source.detects:
+        lines.append(
+            f"it takes one image of one size: evaluation brings images within {test.RESIZE[0]} x {test.RESIZE[1]} "
+            f"pixels (bilinear) and pads right and bottom with 0 to multiples of {test.MULTIPLE}"
+        )
+        lines.append("low scores are not left out; masks are probabilities within the boxes, to be resized to them")
     if besides["views"] != "none":
         lines.append(f"TEST.VIEWS {besides['views']} is not in it: {VIEWS_BY_HAND[besides['views']]}")
     if besides["upright"]:
@@ -214,11 +245,12 @@ def make(name: str, source: Source, path: Path) -> None:
     """Write the format ``name``, compare and time it; what is found is printed."""
     model, (height, width) = source.graph(), source.images.shape[2:]
     any_batch = source.dynamic_shapes is not None
-    batches = [torch.randn(n, 3, height, width) for n in ((1, 2, 3) if any_batch else (1, 1))]
+    sizes = (1,) * DETECTIONS_COMPARED if source.detects else (1, 2, 3) if any_batch else (1, 1)
+    batches = [torch.randn(n, 3, height, width) for n in sizes]
     try:
         with in_silence():
             exported = FORMATS[name](source, path)
-            difference = torch.cat([model(images) - exported(images) for images in batches]).abs().max().item()
+            differences = compare(source, [(model(images), exported(images)) for images in batches])
     except UserError:
         raise
     except ImportError as error:
@@ -233,13 +265,22 @@ def make(name: str, source: Source, path: Path) -> None:
         print(line)
     takes = f"{'batches of any size' if any_batch else 'one image'} of {height} x {width} pixels"
     print(f"{source.trained.config.MODEL.NAME} as {name} takes {takes}")
-    print(f"largest difference of a logit to the model's own: {difference:.1e} (allowed: {TOLERANCE:.0e})")
-    if not difference <= TOLERANCE:
-        raise UserError(f"{name} gives other logits than the model: {difference:.1e} is above {TOLERANCE:.0e}")
+    for what, difference, allowed in differences:
+        print(f"largest difference of a {what} to the model's own: {difference:.1e} (allowed: {allowed:.0e})")
+        if not difference <= allowed:
+            raise UserError(f"{name} gives other {what}s than the model: {difference:.1e} is above {allowed:.0e}")
     if name in GRAPHS:
         images = torch.randn(TIMED_BATCH if any_batch else 1, 3, height, width)
         there, here = images_per_second([exported, model], images)
         print(f"images/s, {len(images)} at a time: {there:.1f}, the model {here:.1f}, ratio {there / here:.2f}")
+
+
+def compare(source: Source, answers: list[tuple[Any, Any]]) -> list[tuple[str, float, float]]:
+    """Tell what of the model's and the export's answers differs the most, by how much, and by how much it may."""
+    if not source.detects:
+        return [("logit", torch.cat([own - other for own, other in answers]).abs().max().item(), TOLERANCE)]
+    scores, boxes = zip(*(largest_differences(own, other) for own, other in answers), strict=True)
+    return [("score", max(scores), TOLERANCE), ("box", max(boxes), PIXELS_OF_A_BOX)]
 
 
 @torch.no_grad()
@@ -262,6 +303,10 @@ def export(
     """
     trained.model.to(memory_format=torch.contiguous_format)
     torch.manual_seed(0)
+    if isinstance(trained.model, Detector):
+        if any_batch and form in GRAPHS:
+            raise UserError("--dynamic-batch is not for detectors, which take one image; leave it out")
+        any_batch = False
     shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
     source, as_folder = Source(trained, path, torch.randn(2 if any_batch else 1, 3, *image_size), shapes), form == "hf"
     with writing(target, "choose another --to"):

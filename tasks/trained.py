@@ -70,7 +70,7 @@ def load_trained(
     which, state_dict = checkpoint.choose(checkpoint.weights_in(content, path), weights, path)
     known = facts_of(content, path)
     config = _config_of(content, state_dict, path, name, image_size)
-    model = _build(config, state_dict, path)
+    model = build(config, state_dict, path)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
     num_classes = model.num_classes
     told = ("step", "epoch", "top1", "top5", "miou", "box_ap", "mask_ap", "loss", "images")
@@ -81,8 +81,12 @@ def load_trained(
     return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
 
 
-def _build(config: Config, state_dict: dict[str, Tensor], path: str) -> Any:
-    """The network of a config, with as many classes as its weights have."""
+def build(config: Config, state_dict: dict[str, Tensor], path: str) -> Any:
+    """The network of a config, with as many classes as its weights have.
+
+    Raises:
+        UserError: it cannot be built, or the weights have no head.
+    """
     detector = detector_in(state_dict) if config.TASK == OBJECTS else None
     if detector is not None:
         return build_detector(config, detector[1], detector[2])

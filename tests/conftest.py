@@ -11,7 +11,6 @@ import torch
 from commands import start
 from make_coco import write_coco
 from make_layouts import LAYOUTS
-from make_coco import write_coco
 from make_pairs import write_pairs
 from PIL import Image
 from sklearn.datasets import load_digits

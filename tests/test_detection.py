@@ -196,6 +196,21 @@ def test_wrong_settings_are_named(objects, tmp_path, words, message):
     assert message in result.error
 
 
+@pytest.mark.parametrize(
+    "form",
+    ["safetensors", pytest.param("onnx", marks=pytest.mark.slow), pytest.param("torch_export", marks=pytest.mark.slow)],
+)
+def test_export(trained, tmp_path, form):
+    """Written, loaded again and compared on five images, non-maximum suppression included."""
+    checkpoint = trained.results / "checkpoints/last.pth"
+    words = ("--checkpoint", checkpoint, "--format", form, "--to", tmp_path / "out", "--image-size", "64", "96")
+    done = start("scripts/export.py", *words, fresh=form == "torch_export")
+    assert (done.returncode, done.stderr) == (0, "")
+    for what in ("score", "box"):
+        assert f"largest difference of a {what} to the model's own: " in done.stdout
+    assert "it takes one image of one size: evaluation brings images within 96 x 64 pixels" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
 @pytest.mark.parametrize("backbone", ["resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224"])

@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from models import create_detector, load_detector
-from models.heads import DETECTORS, anchors, boxes, rcnn
+from models.heads import DETECTORS, FixedDetector, anchors, boxes, largest_differences, rcnn
 from models.heads.boxes import paste
 from models.heads.published import from_published
 from models.heads.retinanet import match
@@ -404,6 +404,43 @@ def test_a_file_that_matches_little_is_refused(keep):
     part = {key: value for key, value in model.state_dict().items() if key.startswith(keep)}
     with pytest.raises(UserError, match="does not fit the model: it lacks"):
         load_detector(model, part, "a file")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", DETECTORS)
+def test_answers_of_a_fixed_size(head):
+    """The same objects as the detector finds; what is missing to a hundred has a score of 0."""
+    torch.manual_seed(0)
+    model = small_detector(head).eval()
+    if head == "retinanet":
+        heads = model.retinanet.head
+        torch.nn.init.normal_(heads.classification_head.cls_logits.weight, std=0.2)
+        torch.nn.init.normal_(heads.regression_head.bbox_reg.weight, std=0.02)
+        torch.nn.init.constant_(heads.classification_head.cls_logits.bias, -1)
+    image = torch.randn(1, 3, 64, 96)
+    (found,) = model(image)
+    answer = FixedDetector(model)(image)
+    count = len(found["scores"])
+    assert count > 50
+    known = tuple(part[:count] for part in answer)
+    expected = tuple(found[key] for key in ("boxes", "scores", "labels"))
+    scores, sides = largest_differences(expected, known)
+    assert scores < 1e-6
+    assert sides < 1e-3
+    if head != "retinanet":
+        torch.testing.assert_close(answer[3][:count], found["masks"], rtol=0, atol=1e-5)
+    nothing = model(torch.zeros(1, 3, 64, 96), [(1, 1)])
+    assert len(nothing) == 1
+
+
+def test_differences_of_answers_are_told():
+    boxes = torch.tensor([[0.0, 0, 4, 4], [1, 1, 9, 9], [2, 2, 3, 3]])
+    scores, labels = torch.tensor([0.9, 0.9, 0.1]), torch.tensor([1, 0, 2])
+    swapped = boxes[[1, 0, 2]], scores, labels[[1, 0, 2]]
+    assert largest_differences((boxes, scores, labels), swapped) == (0.0, 0.0)
+    assert largest_differences((boxes, scores, labels), (boxes + 0.5, scores, labels))[1] == 0.5
+    assert largest_differences((boxes, scores, labels), (boxes, scores - 0.2, labels))[0] == pytest.approx(0.2)
+    assert largest_differences((boxes, scores, labels), (boxes, scores, labels + 1))[1] == float("inf")
 
 
 def test_smaller_anchors_for_smaller_objects():

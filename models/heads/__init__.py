@@ -2,6 +2,7 @@
 
 from models.heads.boxes import paste
 from models.heads.detector import DETECTORS, Detector, create_detector
+from models.heads.fixed import FixedDetector, largest_differences
 from models.heads.published import from_published
 from models.heads.segmenter import HEADS, AtImageSize, Segmenter, create_segmenter
 
@@ -10,9 +11,11 @@ __all__ = [
     "HEADS",
     "AtImageSize",
     "Detector",
+    "FixedDetector",
     "Segmenter",
     "create_detector",
     "create_segmenter",
     "from_published",
+    "largest_differences",
     "paste",
 ]

@@ -39,12 +39,15 @@ class AlignedRoIAlign(nn.Module):
     Args:
         strides: of the levels, in pixels of the image.
         side: of the result.
+
+    Attributes:
+        on_every_level: compute each box on every level and choose then, which takes longer but has a fixed shape.
     """
 
     def __init__(self, strides: Sequence[int], side: int):
         super().__init__()
         self.strides, self.side = tuple(strides), side
-        self.output_size = side, side
+        self.on_every_level = False
 
     def levels(self, boxes: Tensor) -> Tensor:
         """Tell each box's level, ``(N,)`` int64: one more for each time that it is twice as large as 14 places."""
@@ -64,6 +67,12 @@ class AlignedRoIAlign(nn.Module):
         of_image = [each.new_full((len(each), 1), i) for i, each in enumerate(boxes)]
         rois = torch.cat([torch.cat(of_image), torch.cat(boxes)], dim=1)
         levels, maps = self.levels(rois[:, 1:]), list(x.values())
+        if self.on_every_level:
+            seen = [
+                roi_align(each, rois.to(each.dtype), self.side, 1 / stride, aligned=True)
+                for each, stride in zip(maps, self.strides, strict=False)
+            ]
+            return torch.stack(seen)[levels, torch.arange(len(rois), device=rois.device)]
         found = maps[0].new_zeros(len(rois), maps[0].shape[1], self.side, self.side)
         for level, stride in enumerate(self.strides):
             at = torch.where(levels == level)[0]

@@ -46,6 +46,18 @@ class CascadeHeads(nn.Module):
         """Give what is found, or in training the losses of each stage, as ``cls1``."""
         if targets is not None:
             return [], self.losses(features, proposals, image_shapes, targets)
+        logits, deltas, proposals = self.look(features, proposals, image_shapes)
+        last = self.in_order()[-1]
+        found = last.postprocess_detections(logits, deltas, proposals, image_shapes)
+        results = [dict(zip(("boxes", "scores", "labels"), each, strict=True)) for each in zip(*found, strict=True)]
+        if last.has_mask():
+            add_masks(results, self.look_for_masks(features, [each["boxes"] for each in results], image_shapes))
+        return results, {}
+
+    def look(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Give the mean logits of all stages, and the last one's differences and the boxes that they are of."""
         said: list[Tensor] = []
         stages = self.in_order()
         for stage in stages:
@@ -54,13 +66,14 @@ class CascadeHeads(nn.Module):
             if len(said) < len(stages):
                 best = [each[:, 1:].argmax(dim=1) + 1 for each in apart(logits, proposals)]
                 proposals = refined(stage, proposals, deltas, best, image_shapes)
-        found = stage.postprocess_detections(torch.stack(said).mean(dim=0), deltas, proposals, image_shapes)
-        results = [dict(zip(("boxes", "scores", "labels"), each, strict=True)) for each in zip(*found, strict=True)]
-        if stage.has_mask():
-            boxes = [each["boxes"] for each in results]
-            masks = [each.look_for_masks(features, boxes, image_shapes).sigmoid() for each in stages]
-            add_masks(results, torch.stack(masks).mean(dim=0).logit())
-        return results, {}
+        return torch.stack(said).mean(dim=0), deltas, proposals
+
+    def look_for_masks(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Give the logits of the mean masks of all stages."""
+        masks = [stage.look_for_masks(features, boxes, image_shapes).sigmoid() for stage in self.in_order()]
+        return torch.stack(masks).mean(dim=0).logit()
 
     def losses(
         self,

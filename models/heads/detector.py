@@ -59,6 +59,7 @@ class Detector(OnMaps):
             raise ValueError("backbone gives maps of one size only, and a pyramid takes several")
         channels, published = head_channels or PYRAMID_CHANNELS, style == "published"
         scale = (anchor_scale,) if anchor_scale else ()
+        self.published = published
         self.finds_masks = masks and head != "retinanet"
         if head == "retinanet":
             *_, last = self.reductions
