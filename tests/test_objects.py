@@ -111,7 +111,7 @@ def test_boxes_enclose_their_masks_and_masks_fit_the_image(transform):
     for seed in range(30):
         seed_cpu(seed)
         image, boxes, masks, _ = applied(
-            transform, *painted(50, 70, [[3, 4, 40, 30], [50, 20, 69, 49], [10, 35, 18, 44]])
+            transform, *painted(50, 70, [[3, 4, 40, 30], [49, 20, 70, 50], [10, 35, 18, 44]])
         )
         assert masks.shape[1:] == image.shape[1:]
         assert (boxes >= 0).all()
@@ -127,6 +127,14 @@ def test_boxes_enclose_their_masks_and_masks_fit_the_image(transform):
         if len(masks) == 3:
             shown = image[0] > 100
             assert (shown != masks.amax(dim=0).bool()).float().mean() < 0.12
+
+
+def test_a_box_of_a_whole_image_stays_within_it():
+    """Whatever is rounded: in 32 bits 76 times 101 / 76 is more than 101."""
+    for width in range(60, 100):
+        image, boxes, _, _ = applied(ObjectTransform((101, 101)), *painted(40, width, [[0, 0, width, 40]]))
+        assert boxes[0, 2] <= image.shape[2]
+        assert boxes[0, 3] <= image.shape[1]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -164,23 +172,29 @@ def test_the_settings(tmp_path):
 # ---- samples
 
 
-def test_samples_have_the_objects_that_the_image_shows(coco):
+@pytest.mark.parametrize("transform", [PLAIN, ObjectTransform((96, 64), (1.5, 2.0), (40, 48), 0.5)])
+def test_samples_have_the_objects_that_the_image_shows(coco, transform):
     train, _, _ = open_objects(config_of(coco), training=True)
-    sample = ImageDataset(train, DecodeObjects(Decoding(), PLAIN, masks=True), 0, replace_bad=False)
+    sample, dropped = ImageDataset(train, DecodeObjects(Decoding(), transform, masks=True), 0, replace_bad=False), 0
     for i in range(len(train)):
         item = sample[3, i].sample
         target, image = item.target, item.image
         assert (target["boxes"].dtype, target["labels"].dtype) == (np.float32, np.int64)
         assert target["size"].tolist() == list(image.shape[1:])
         height, width = image.shape[1:]
-        assert target["masks"].shape == (train.counts[i], height, (width + 7) // 8)
+        count = len(target["boxes"])
+        assert target["masks"].shape == (count, height, (width + 7) // 8)
+        dropped += train.counts[i] - count
         masks = np.unpackbits(target["masks"], axis=-1, count=width)
         covered = masks.sum(axis=0)
         for label, mask in zip(target["labels"], masks, strict=True):
             alone = torch.from_numpy((mask > 0) & (covered == 1))
+            if alone.sum() < 20:
+                continue
             colour = image[:, alone].float().median(dim=1).values
             nearest = min(COLOURS, key=lambda c: float((colour - torch.tensor(COLOURS[c]).float()).abs().sum()))
             assert {3: 0, 7: 1}[nearest] == label
+    assert (dropped > 0) == (transform.crop is not None)
     without = DecodeObjects(Decoding(), PLAIN, masks=False)(train[0], False)
     assert sorted(without.target) == ["boxes", "labels", "size"]
 
