@@ -96,11 +96,18 @@ def as_coco(images: list[Labelled], classes: list[str]) -> dict[str, Any]:
                 "image_id": number,
                 "category_id": ids[thing.name],
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1),
+                "area": area_of(thing.polygon or (x1, y1, x2, y1, x2, y2, x1, y2)),
                 "iscrowd": int(thing.crowd),
             }
             content["annotations"].append(entry | ({"segmentation": [[*thing.polygon]]} if thing.polygon else {}))
     return content
+
+
+def area_of(polygon: tuple[float, ...]) -> float:
+    """Compute the area of a polygon x1 y1 x2 y2 ..., by the shoelace formula."""
+    xs, ys = polygon[::2], polygon[1::2]
+    after = zip(xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
+    return abs(sum(x * next_y - next_x * y for x, y, (next_x, next_y) in zip(xs, ys, after, strict=True))) / 2
 
 
 def in_val(name: str, share: float) -> bool:

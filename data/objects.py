@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data.augmentation import Plan
-from data.augmentation.objects import ObjectTransform
+from data.augmentation.objects import ObjectTransform, packed_masks
 from data.coco import Objects
 from data.dataset import Sample
 from data.decoding import BadImage, Decoding, decode_with_orientation
@@ -38,18 +38,16 @@ class DecodeObjects:
         pixels, orientation = decode_checked(raw, self.decoding, look)
         objects = raw[1]
         chosen = np.flatnonzero(~objects.crowd)
-        masks = objects.masks(chosen.tolist() if self.masks else [])
-        image, boxes, seen, stay = self.transform(
-            pixels, torch.from_numpy(objects.boxes[chosen]), torch.from_numpy(masks)
-        )
+        there = self.transform(pixels, torch.from_numpy(objects.boxes[chosen]))
+        chosen = chosen[there.stay.numpy()]
         target = {
-            "boxes": boxes.numpy(),
-            "labels": objects.labels[chosen][stay.numpy()].astype(np.int64),
-            "size": np.array(image.shape[1:], dtype=np.int64),
+            "boxes": there.boxes.numpy(),
+            "labels": objects.labels[chosen].astype(np.int64),
+            "size": np.array(there.image.shape[1:], dtype=np.int64),
         }
         if self.masks:
-            target["masks"] = np.packbits(seen.numpy(), axis=-1)
-        return Sample(image, target, Plan(), orientation)
+            target["masks"] = packed_masks(objects.masks(chosen.tolist()), there.rows, there.columns)
+        return Sample(there.image, target, Plan(), orientation)
 
 
 @dataclass
@@ -66,8 +64,7 @@ class DecodeWhole:
             BadImage: as of DecodeObjects.
         """
         pixels, orientation = decode_checked(raw, self.decoding, look)
-        none = torch.zeros(0, 4), torch.zeros(0, *pixels.shape[1:], dtype=torch.uint8)
-        image = self.transform(pixels, *none)[0]
+        image = self.transform(pixels, torch.zeros(0, 4)).image
         target = {
             "original_size": np.array(raw[1].size, dtype=np.int64),
             "image_id": np.array(raw[1].image_id, dtype=np.int64),

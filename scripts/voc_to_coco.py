@@ -16,6 +16,7 @@ from data.files import describe_kinds
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.files import write_whole, writing
+from utils.names import printable
 from utils.surroundings import a_path
 
 
@@ -44,7 +45,7 @@ def convert(arguments: list[str]) -> None:
         with writing(path, "give a copy of the data set where you may write"):
             write_whole(path, json.dumps(content).encode())
         print(f"{path}: {len(content['images']):,} images, {len(content['annotations']):,} objects")
-    print(f"{len(source.classes):,} classes: {', '.join(source.classes)}")
+    print(printable(f"{len(source.classes):,} classes: {', '.join(source.classes)}"))
     if source.left_out:
         print(f"left out: {describe_kinds(source.left_out)}")
 

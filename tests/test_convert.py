@@ -114,6 +114,7 @@ def test_yolo(tmp_path, val, names):
     assert "segmentation" not in box
     assert np.allclose(outline["segmentation"], [[10, 10, 30, 10, 20, 30]])
     assert np.allclose(outline["bbox"], [10, 10, 20, 20])
+    assert np.allclose([box["area"], outline["area"]], [400, 200])
 
 
 def test_yolo_without_parts(tmp_path):

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 from make_coco import COLOURS
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from config import build_config
 from data.augmentation import DeviceStage, Plan
-from data.augmentation.objects import ObjectTransform, build_object_eval_transform, build_object_transform
+from data.augmentation.objects import (
+    ObjectTransform,
+    build_object_eval_transform,
+    build_object_transform,
+    draw_crop,
+    packed_masks,
+)
 from data.build import build_eval_loader, build_train_loader, open_objects, orientations, padded_shapes, wants_masks
 from data.dataset import HostBatch, ImageDataset
 from data.decoding import Decoding
@@ -40,10 +48,20 @@ def painted(height: int, width: int, boxes: list[list[int]]) -> tuple[torch.Tens
     return image, torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), masks
 
 
+def applied(
+    transform: ObjectTransform, image: torch.Tensor, boxes: torch.Tensor, masks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image, boxes and masks ``(n, h, w)`` of what is still there, and which that is."""
+    image, boxes, stay, rows, columns = transform(image, boxes)
+    packed = packed_masks(masks[stay].numpy(), rows, columns)
+    assert packed.shape == (int(stay.sum()), image.shape[1], (image.shape[2] + 7) // 8)
+    return image, boxes, torch.from_numpy(np.unpackbits(packed, axis=-1, count=image.shape[2])), stay
+
+
 def test_resizing_and_flipping_exactly():
     """Of 20 x 40 within (60, 30) the half more is 30 x 60; a flip takes x to 60 - x."""
     transform = ObjectTransform((60, 30), (1.0, 1.0), None, 1.0)
-    image, boxes, masks, stay = transform(*painted(20, 40, [[4, 2, 14, 12], [30, 0, 40, 20]]))
+    image, boxes, masks, stay = applied(transform, *painted(20, 40, [[4, 2, 14, 12], [30, 0, 40, 20]]))
     assert (image.shape, image.dtype, masks.shape, masks.dtype) == ((3, 30, 60), torch.uint8, (2, 30, 60), torch.uint8)
     assert boxes.tolist() == [[39, 3, 54, 18], [0, 0, 15, 30]]
     expected = torch.zeros(2, 30, 60, dtype=torch.uint8)
@@ -56,7 +74,7 @@ def test_masks_take_the_pixel_before_and_images_the_neighbours_without_antialias
     """Of 8 columns 5: mask column i is floor(8 i / 5); an image's at 1.6 (i + 0.5) - 0.5 lies between two."""
     masks = torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.uint8).expand(1, 8, 8).contiguous()
     image = (torch.arange(8) * 10).byte().expand(3, 8, 8).contiguous()
-    found, _, resized, _ = ObjectTransform((5, 5))(image, torch.tensor([[0.0, 0, 7, 8]]), masks)
+    found, _, resized, _ = applied(ObjectTransform((5, 5)), image, torch.tensor([[0.0, 0, 7, 8]]), masks)
     assert resized[0, 0].tolist() == [1, 0, 1, 0, 1]
     assert found[0, 0].tolist() == [3, 19, 35, 51, 67]
 
@@ -66,7 +84,7 @@ def test_masks_take_the_pixel_before_and_images_the_neighbours_without_antialias
 )
 def test_the_published_sizes(size, expected):
     """scale = min(1333 / longest, 800 / shortest), rounded as int(x * scale + 0.5)."""
-    image, *_ = ObjectTransform((1333, 800))(*painted(*size, []))
+    image, *_ = applied(ObjectTransform((1333, 800)), *painted(*size, []))
     assert image.shape[1:] == expected
 
 
@@ -77,7 +95,7 @@ def test_a_crop_clips_boxes_and_drops_what_is_outside():
     columns = torch.arange(20, dtype=torch.uint8).expand(3, 10, 20)
     for seed in range(60):
         seed_cpu(seed)
-        image, found, parts, stay = transform(columns, boxes, masks)
+        image, found, parts, stay = applied(transform, columns, boxes, masks)
         left = int(image[0, 0, 0])
         assert torch.equal(image, columns[:, :, left : left + 10])
         moved = [[max(x1 - left, 0), y1, min(x2 - left, 10), y2] for x1, y1, x2, y2 in boxes.tolist()]
@@ -92,7 +110,9 @@ def test_boxes_enclose_their_masks_and_masks_fit_the_image(transform):
     """To the pixel that resizing to whole pixels may take in."""
     for seed in range(30):
         seed_cpu(seed)
-        image, boxes, masks, _ = transform(*painted(50, 70, [[3, 4, 40, 30], [50, 20, 69, 49], [10, 35, 18, 44]]))
+        image, boxes, masks, _ = applied(
+            transform, *painted(50, 70, [[3, 4, 40, 30], [49, 20, 70, 50], [10, 35, 18, 44]])
+        )
         assert masks.shape[1:] == image.shape[1:]
         assert (boxes >= 0).all()
         assert (boxes[:, 2] <= image.shape[2]).all()
@@ -109,11 +129,32 @@ def test_boxes_enclose_their_masks_and_masks_fit_the_image(transform):
             assert (shown != masks.amax(dim=0).bool()).float().mean() < 0.12
 
 
+def test_a_box_of_a_whole_image_stays_within_it():
+    """Whatever is rounded: in 32 bits 76 times 101 / 76 is more than 101."""
+    for width in range(60, 100):
+        image, boxes, _, _ = applied(ObjectTransform((101, 101)), *painted(40, width, [[0, 0, width, 40]]))
+        assert boxes[0, 2] <= image.shape[2]
+        assert boxes[0, 3] <= image.shape[1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_masks_are_as_resized_cropped_and_flipped_one_after_the_other(seed):
+    """With the draws of the transform in their order."""
+    image, boxes, _ = painted(53, 71, [[0, 0, 71, 53], [1, 1, 70, 50]])
+    masks = torch.from_numpy(np.random.RandomState(seed).randint(0, 2, (2, 53, 71)).astype(np.uint8))
+    seed_cpu(seed)
+    _, _, found, _ = applied(JITTER, image, boxes, masks)
+    seed_cpu(seed)
+    size = JITTER.draw_size(53, 71)
+    expected = F.crop(F.resize(masks, list(size), InterpolationMode.NEAREST), *draw_crop(size, JITTER.crop))
+    assert torch.equal(found, F.horizontal_flip(expected) if torch.rand(()) < 0.5 else expected)
+
+
 def test_jitter_draws_sizes_and_keeps_within_the_crop():
     sizes = set()
     for seed in range(30):
         seed_cpu(seed)
-        image, *_ = JITTER(*painted(50, 70, []))
+        image, *_ = applied(JITTER, *painted(50, 70, []))
         sizes.add(tuple(image.shape[1:]))
         assert image.shape[1] <= 40
         assert image.shape[2] <= 48
@@ -131,23 +172,29 @@ def test_the_settings(tmp_path):
 # ---- samples
 
 
-def test_samples_have_the_objects_that_the_image_shows(coco):
+@pytest.mark.parametrize("transform", [PLAIN, ObjectTransform((96, 64), (1.5, 2.0), (40, 48), 0.5)])
+def test_samples_have_the_objects_that_the_image_shows(coco, transform):
     train, _, _ = open_objects(config_of(coco), training=True)
-    sample = ImageDataset(train, DecodeObjects(Decoding(), PLAIN, masks=True), 0, replace_bad=False)
+    sample, dropped = ImageDataset(train, DecodeObjects(Decoding(), transform, masks=True), 0, replace_bad=False), 0
     for i in range(len(train)):
         item = sample[3, i].sample
         target, image = item.target, item.image
         assert (target["boxes"].dtype, target["labels"].dtype) == (np.float32, np.int64)
         assert target["size"].tolist() == list(image.shape[1:])
         height, width = image.shape[1:]
-        assert target["masks"].shape == (train.counts[i], height, (width + 7) // 8)
+        count = len(target["boxes"])
+        assert target["masks"].shape == (count, height, (width + 7) // 8)
+        dropped += train.counts[i] - count
         masks = np.unpackbits(target["masks"], axis=-1, count=width)
         covered = masks.sum(axis=0)
         for label, mask in zip(target["labels"], masks, strict=True):
             alone = torch.from_numpy((mask > 0) & (covered == 1))
+            if alone.sum() < 20:
+                continue
             colour = image[:, alone].float().median(dim=1).values
             nearest = min(COLOURS, key=lambda c: float((colour - torch.tensor(COLOURS[c]).float()).abs().sum()))
             assert {3: 0, 7: 1}[nearest] == label
+    assert (dropped > 0) == (transform.crop is not None)
     without = DecodeObjects(Decoding(), PLAIN, masks=False)(train[0], False)
     assert sorted(without.target) == ["boxes", "labels", "size"]
 
