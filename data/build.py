@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 
 from data.augmentation import DeviceStage
-from data.augmentation.pairs import brought_within
 from data.coco import EXPECTED as EXPECTED_COCO
 from data.coco import ObjectIndex, check_same_classes, find_coco_layout
 from data.dataset import ImageDataset, Sample
@@ -19,7 +18,7 @@ from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
 from data.pair_layouts import EXPECTED, find_pair_layout
 from data.pairs import LabelMaps
-from data.sampling import EvalBatches, GroupedEvalBatches, GroupedTrainBatches, TrainBatches
+from data.sampling import EvalBatches, GroupedTrainBatches, TrainBatches
 from data.timm_index import TimmIndex
 from utils.distributed import rank, world_size
 from utils.errors import UserError
@@ -74,21 +73,12 @@ def check_groups(config, batches: GroupedTrainBatches) -> None:
 
 
 def build_eval_loader(
-    config,
-    index: Index,
-    sample: Callable[[Any, bool], Sample],
-    size: tuple[int, int] | None,
-    stage: DeviceStage,
-    groups: np.ndarray | None = None,
+    config, index: Index, sample: Callable[[Any, bool], Sample], size: tuple[int, int] | None, stage: DeviceStage
 ) -> EvalLoader:
-    """Build the loader of this rank's share of the validation images; arguments as of :func:`build_train_loader`.
-
-    ``groups`` may be ``(N, k)`` here: images whose k numbers are the same share batches.
-    """
+    """Build the loader of this rank's share of the validation images; arguments as of :func:`build_train_loader`."""
     # An image that cannot be decoded is never replaced here: every image counts once or not at all
     dataset = ImageDataset(index, sample, config.SEED, replace_bad=False)
-    work = config.DATA.BATCH_SIZE, rank(), world_size()
-    batches = EvalBatches(len(index), *work) if groups is None else GroupedEvalBatches(groups, *work)
+    batches = EvalBatches(len(index), config.DATA.BATCH_SIZE, rank(), world_size())
     return EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
 
@@ -217,12 +207,6 @@ def orientations(config, index: ObjectIndex) -> np.ndarray | None:
     return index.sizes[:, 1] > index.sizes[:, 0] if config.DATA.BY_ORIENTATION else None
 
 
-def padded_shapes(config, index: ObjectIndex) -> np.ndarray:
-    """Group images to evaluate by the shape that they are padded to, ``(N, 2)``: what one gets depends on no other."""
-    within = [brought_within(*size, *config.TEST.RESIZE) for size in index.sizes.tolist()]
-    return -(-np.array(within) // config.TEST.MULTIPLE) * config.TEST.MULTIPLE
-
-
 def check_num_classes(config, classes: list[str]) -> None:
     """Refuse a MODEL.NUM_CLASSES that is not the number of classes in the data."""
     if config.MODEL.NUM_CLASSES not in (0, len(classes)):
@@ -238,6 +222,9 @@ def fingerprint(index: Index) -> str:
     digest = hashlib.blake2b(repr(getattr(index, "classes", None)).encode(), digest_size=6)
     if labels is not None:
         digest.update(np.ascontiguousarray(labels).data)
+    if isinstance(index, ObjectIndex):  # of whose images no one class could be said
+        digest.update(index.image_ids.data)
+        digest.update(index.arrays["boxes"].data)
     return f"{len(index):,} images ({digest.hexdigest()})"
 
 

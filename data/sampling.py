@@ -103,30 +103,3 @@ class EvalBatches(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.batch_size)
-
-
-class GroupedEvalBatches(EvalBatches):
-    """Every image exactly once over all ranks, in batches of one group of images each: those of one padded shape, say.
-
-    Args:
-        groups: the group of each image, ``(N,)`` or ``(N, k)``.
-    """
-
-    def __init__(self, groups: np.ndarray, batch_size: int, rank: int, world_size: int):
-        self.batch_size = batch_size
-        _, group_of = np.unique(groups, axis=0, return_inverse=True)
-        order = np.argsort(group_of.ravel(), kind="stable")
-        ends = np.cumsum(np.bincount(group_of.ravel())).tolist()
-        batches = [
-            order[start : min(start + batch_size, end)]
-            for first, end in zip([0, *ends], ends, strict=False)
-            for start in range(first, end, batch_size)
-        ]
-        self.batches = batches[rank::world_size]
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for batch in self.batches:
-            yield [(0, i) for i in batch.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.batches)

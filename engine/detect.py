@@ -48,7 +48,7 @@ def detect(
             yield {"file": str(path), "error": image}, None
             continue
         size = image.shape[1], image.shape[2]
-        resized = transform(image, torch.zeros(0, 4), torch.zeros(0, *size, dtype=torch.uint8))[0]
+        resized = transform(image, torch.zeros(0, 4)).image
         with torch.inference_mode(), precision.autocast():
             seen = stage(resized[None], [Plan()])[0]
             found = find_objects(trained.model, seen, size, config.TEST.MULTIPLE).above(score)

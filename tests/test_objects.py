@@ -20,11 +20,11 @@ from data.augmentation.objects import (
     draw_crop,
     packed_masks,
 )
-from data.build import build_eval_loader, build_train_loader, open_objects, orientations, padded_shapes, wants_masks
+from data.build import build_eval_loader, build_train_loader, open_objects, orientations, wants_masks
 from data.dataset import HostBatch, ImageDataset
 from data.decoding import Decoding
 from data.objects import DecodeObjects, DecodeWhole
-from data.sampling import GroupedEvalBatches, GroupedTrainBatches
+from data.sampling import GroupedTrainBatches
 from utils.errors import UserError
 from utils.randomness import seed_cpu
 
@@ -214,7 +214,7 @@ def loaders(config, device: str = "cpu"):
     whole = DecodeWhole(Decoding(), build_object_eval_transform(config))
     return (
         build_train_loader(config, train, sample, None, stage, orientations(config, train)),
-        build_eval_loader(config, val, whole, None, stage, padded_shapes(config, val)),
+        build_eval_loader(config, val, whole, None, stage),
     )
 
 
@@ -234,14 +234,13 @@ def test_the_same_batches_whatever_the_workers_and_wherever_resumed(coco, worker
             assert all(isinstance(x[key], torch.Tensor) and torch.equal(x[key], y[key]) for key in x)
 
 
-def test_batches_have_one_orientation_and_the_images_that_evaluation_pads_alike(coco):
+def test_batches_have_one_orientation_and_evaluation_takes_each_image_once(coco):
     config = config_of(coco, *SMALL, "DATA.NUM_WORKERS", "1", "AUG.RESIZE_RATIO", "[1,1]")
     train, val = loaders(config)
     for batch in train.micro_batches(0, 8):
         assert len({bool(image.shape[2] > image.shape[1]) for image in batch.images}) == 1
     seen = []
     for batch in val:
-        assert len({tuple(-(-side // 32) for side in image.shape[1:]) for image in batch.images}) == 1
         seen += batch.numbers.tolist()
         for number, target in zip(batch.numbers.tolist(), batch.targets, strict=True):
             assert target["original_size"].tolist() == val.dataset.index.sizes[number].tolist()
@@ -314,18 +313,3 @@ def test_groups_come_mixed_and_in_another_order_each_epoch():
     assert changes > 10
     assert batches.order(0).tolist() != batches.order(1).tolist()
     assert batches.order(1).tolist() == GroupedTrainBatches(GROUPS, 2, 1, 0, 1, seed=0).order(1).tolist()
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_evaluation_takes_each_image_once_in_batches_of_one_shape(world_size, batch_size):
-    shapes = np.random.RandomState(1).randint(1, 4, (53, 2)) * 32
-    seen = []
-    for rank in range(world_size):
-        batches = GroupedEvalBatches(shapes, batch_size, rank, world_size)
-        for batch in (mine := list(batches)):
-            assert 0 < len(batch) <= batch_size
-            assert len({tuple(shapes[i]) for _, i in batch}) == 1
-            seen += batch
-        assert len(mine) == len(batches)
-    assert sorted(seen) == [(0, i) for i in range(53)]
