@@ -65,8 +65,7 @@ class AlignedRoIAlign(nn.Module):
             image_shapes: not needed, but what torchvision's has.
         """
         of_image = [each.new_full((len(each), 1), i) for i, each in enumerate(boxes)]
-        # A box that is not finite is an error in RoIAlign; of a step that is to be skipped it may be any other
-        rois = torch.cat([torch.cat(of_image), torch.cat(boxes).nan_to_num()], dim=1)
+        rois = torch.cat([torch.cat(of_image), torch.cat(boxes)], dim=1)
         levels, maps = self.levels(rois[:, 1:]), list(x.values())
         if self.on_every_level:
             seen = [

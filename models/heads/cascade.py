@@ -111,7 +111,8 @@ def refined(
     result = []
     for of_boxes, of_deltas, of_labels, shape in zip(boxes, apart(deltas, boxes), labels, image_shapes, strict=True):
         chosen = of_deltas.detach().unflatten(1, (-1, 4))[torch.arange(len(of_labels)), of_labels]
-        result.append(clip_boxes_to_image(stage.box_coder.decode_single(chosen, of_boxes), shape))
+        moved = stage.box_coder.decode_single(chosen, of_boxes).nan_to_num()  # RoIAlign fails on what is not finite
+        result.append(clip_boxes_to_image(moved, shape))
     return result
 
 
