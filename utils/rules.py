@@ -84,6 +84,8 @@ def check_task(config: Any, refuse: Refuse, origin: dict[str, str]) -> None:
         refuse("TEST.VIEWS", "is for classification; choose none or flip")
     if config.TEST.VIEWS == "flip" and config.TASK == OBJECTS:
         refuse("TEST.VIEWS", "is not for detection; choose none")
+    if config.TRAIN.COMPILE != "none" and config.TASK == OBJECTS:
+        refuse("TRAIN.COMPILE", "is not for detection, whose batches are of many sizes; set none")
     if config.TRAIN.AUTO_MICRO_BATCH and config.TASK == OBJECTS:
         refuse("TRAIN.AUTO_MICRO_BATCH", "is not for detection; its losses are of a whole batch")
     if config.TRAIN.LAYER_DECAY != 1 and config.TRAIN.NO_WEIGHT_DECAY != "1d":
