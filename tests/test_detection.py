@@ -180,6 +180,7 @@ def test_a_batch_is_padded_and_masks_with_it():
     ("words", "message"),
     [
         (["MODEL.HEAD", "upernet"], "MODEL.HEAD upernet (--opts): is for segmentation"),
+        (["TRAIN.COMPILE", "default"], "TRAIN.COMPILE default (--opts): is not for detection"),
         (["AUG.MIXUP", "0.5"], "AUG.MIXUP 0.5 (--opts): is read by classification only"),
         (["TEST.VIEWS", "flip"], "TEST.VIEWS flip (--opts): is not for detection"),
         (
