@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -339,7 +340,7 @@ def test_objects(check, odd_objects):
 
 
 def test_counts_of_objects(check, coco):
-    """As in the json; and a picture in which the objects of training are drawn."""
+    """As in the json."""
     done = check(coco, "--cfg", "configs/detection/mask_rcnn_micro.yaml")
     assert done.status == 0, done.stderr
     for split in ("train", "val"):
@@ -354,8 +355,19 @@ def test_counts_of_objects(check, coco):
             }  # fmt: skip
         assert done.report["splits"][split]["objects"] == counted
         assert not any(lines for what, lines in done.report["splits"][split]["odd_objects"].items() if "boxes" in what)
-    sheet = np.asarray(Image.open(done.output / "augmentations.png").convert("HSV"))
-    assert (sheet[..., 1] > 200).mean() > 0.02  # as bright as the colours of objects, and nothing else, is
+
+
+def test_objects_are_drawn(check, coco, tmp_path):
+    """On black images, so that all colour is that of objects: in each row, of full boxes' pixels in places."""
+    black = shutil.copytree(coco, tmp_path / "data")
+    for path in black.glob("images/*/*.png"):
+        Image.new("RGB", Image.open(path).size).save(path)
+    done = check(black, "--cfg", "configs/detection/mask_rcnn_micro.yaml")
+    rows = np.split(np.asarray(Image.open(done.output / "augmentations.png").convert("HSV"))[40:, :, 1] > 100, 3)
+    shares = [row.mean() for row in rows]
+    assert min(shares) > 0.01
+    assert max(shares) < 1.2 * min(shares)
+    assert (rows[1] != rows[2]).any()  # another epoch, another flip
 
 
 def test_areas_are_cocos():
