@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -157,9 +157,23 @@ def open_objects(config, training: bool) -> tuple[ObjectIndex | None, ObjectInde
     Raises:
         UserError: something is missing, damaged or empty, or the splits have other classes.
     """
+    indexes = open_coco(config, ["train", "val"] if training else ["val"])
+    train, val = indexes.get("train"), indexes["val"]
+    if train is not None:
+        check_masks(config, train)
+        train = train if config.DATA.EMPTY_IMAGES else with_objects(train)
+    return train, val, val.classes
+
+
+def open_coco(config, splits: Iterable[str]) -> dict[str, ObjectIndex]:
+    """Open these splits as their files have them.
+
+    Raises:
+        UserError: something is missing, damaged or empty, or the splits have other classes.
+    """
     root = _root(config, f"{EXPECTED_COCO.format(split='train')} (see docs/detection.md)")
     indexes: dict[str, ObjectIndex] = {}
-    for split in ("train", "val") if training else ("val",):
+    for split in splits:
         layout = find_coco_layout(root, split)
         if layout is None:
             raise UserError(
@@ -167,12 +181,9 @@ def open_objects(config, training: bool) -> tuple[ObjectIndex | None, ObjectInde
                 "it (scripts/voc_to_coco.py makes them of Pascal VOC's and YOLO's)"
             )
         indexes[split] = cast(ObjectIndex, open_index(layout, config.DATA.CACHE_DIR))
-    train, val = indexes.get("train"), indexes["val"]
-    if train is not None:
-        check_same_classes(train, val)
-        check_masks(config, train)
-        train = train if config.DATA.EMPTY_IMAGES else with_objects(train)
-    return train, val, val.classes
+    if len(indexes) > 1:
+        check_same_classes(indexes["train"], indexes["val"])
+    return indexes
 
 
 def wants_masks(config) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from pycocotools import mask as rle
 
+from data.files import NO_EXTENT
 from utils.errors import UserError
 from utils.files import reason_of
 
@@ -21,7 +22,6 @@ FARTHEST = 8
 """A polygon may reach so many times the image's longer side away from it; pycocotools walks along every edge."""
 LEAST_NUMBERS = 6
 """Of a polygon: x and y of three points."""
-NO_EXTENT = "boxes of no width or height"
 
 
 class Images(NamedTuple):

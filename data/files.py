@@ -15,6 +15,9 @@ from typing import NamedTuple
 from data.index import Index
 from utils.errors import UserError
 
+NO_EXTENT = "boxes of no width or height"
+"""What an index of objects leaves out in place of files."""
+
 IMAGE_TYPES: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi"),
     "MPO": (".mpo",),
@@ -103,11 +106,13 @@ def describe_kinds(left_out: Mapping[str, int]) -> str:
 
 
 def describe_left_out(indexes: Mapping[str, Index | None]) -> str:
-    """Say in one line which files the index of each split leaves out; empty where there are none."""
+    """Say in one line which files (or boxes) the index of each split leaves out; empty where there are none."""
     told = {split: index.left_out for split, index in indexes.items() if index is not None and index.left_out}
     total = sum(sum(left_out.values()) for left_out in told.values())
     if not total:
         return ""
+    if {kind for left_out in told.values() for kind in left_out} == {NO_EXTENT}:
+        return f"{NO_EXTENT} are left out ({', '.join(f'{split}: {of[NO_EXTENT]:,}' for split, of in told.items())})"
     kinds = "; ".join(f"{split}: {describe_kinds(left_out)}" for split, left_out in told.items())
     return f"{total:,} {'files are' if total > 1 else 'file is'} left out, being no images of a class ({kinds})"
 

@@ -36,6 +36,7 @@ KINDS = {
     "empty": "the file has no bytes",
     "truncated": "the file was cut short",
     "broken": "cannot be decoded",
+    "other_size": "not of the size that its annotations say",
     "other_format": "not what the extension says; harmless, since the bytes decide",
     "cmyk": "CMYK; Pillow converts it to RGB",
     "grey": "one channel, which is used as red, green and blue",
@@ -46,7 +47,7 @@ KINDS = {
     "tiny": f"the short side has fewer than {TINY_SIDE} pixels",
     "huge": f"more than {HUGE_PIXELS / 1e6:.0f} megapixels, slow to decode",
 }
-FAULTS = ("unreadable", "empty", "truncated", "broken")
+FAULTS = ("unreadable", "empty", "truncated", "broken", "other_size")
 BIT = {kind: 1 << number for number, kind in enumerate(KINDS)}
 
 SIXTEEN_BITS = re.compile(";16[BLN]")
@@ -73,7 +74,7 @@ class Inspection:
 
     Attributes:
         records: one of each.
-        reasons: why those that cannot be decoded cannot, by number.
+        reasons: what is wrong with those that have a fault, by number.
         colours: mean and variance of the channels of those that belong to the sample, ``(N, 2, 3)``; white is 1.
     """
 
@@ -268,7 +269,11 @@ def describe_split(split: Inspection, classes: list[str]) -> dict:
 def count_classes(split: Inspection, classes: list[str]) -> dict:
     """Count how many images the classes have, and list those that have none."""
     labels = split.labels()
-    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    return describe_counts(np.bincount(labels[labels >= 0], minlength=len(classes)), classes)
+
+
+def describe_counts(counts: np.ndarray, classes: list[str]) -> dict:
+    """Sum up how many images the classes have ``(len(classes),)``, and list those that have none."""
     present = np.flatnonzero(counts)
     if not len(present):
         return {"images_per_class": None, "classes_missing": classes}

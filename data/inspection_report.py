@@ -35,6 +35,9 @@ def print_report(report: dict, left_out: str, file: Path, sheet: Path | None) ->
         heading = f"{kind.replace('_', ' ')} ({len(findings):,}): {meaning}"
         print_list(heading, lines, file, "red" if kind in FAULTS else "yellow")
     for name, split in report["splits"].items():
+        for what, lines in split.get("odd_objects", {}).items():
+            print_list(f"{name}: {what} ({len(lines):,})", lines, file, "yellow")
+    for name, split in report["splits"].items():
         lines = [f"{' = '.join(group['images'])}{differing(group)}" for group in split["duplicates"]]
         print_list(f"more than once in {name} ({len(lines):,})", lines, file, "yellow")
     lines = [f"{' = '.join(group['val'] + group['train'])}{differing(group)}" for group in report["leaks"]]

@@ -58,10 +58,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
     network, files, size, common = (Parser(add_help=False) for _ in range(4))
     network.add_argument(
-        "--models", nargs="+", metavar="NAME", help="variants, plain_VARIANT, swin_tiny, ... of timm; upernet/swin_tiny"
+        "--models", nargs="+", metavar="NAME", help="variants, plain_VARIANT, swin_tiny, ... of timm; HEAD/BACKBONE"
     )
     network.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="256 at most on a GPU, else 4")
-    network.add_argument("--image-size", type=int, default=224, metavar="N", help="height and width")
+    network.add_argument("--image-size", type=int, nargs="+", default=[224], metavar="N", help="height and width")
     network.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on a GPU, else fp32")
     network.add_argument(
         "--compile", choices=SETTINGS["TRAIN.COMPILE"].choices, default="none", help="torch.compile's mode"
@@ -94,6 +94,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number < AT_LEAST.get(name, 1):
                 raise UserError(f"--{name.replace('_', '-')} must be at least {AT_LEAST.get(name, 1)}, not {number}")
+    if "image_size" in parsed:
+        if len(parsed.image_size) > 2:
+            raise UserError(f"--image-size takes one number, or a height and a width, not {len(parsed.image_size)}")
+        parsed.image_size = parsed.image_size[0], parsed.image_size[-1]
     return parsed
 
 

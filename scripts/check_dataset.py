@@ -14,12 +14,13 @@ from tempfile import TemporaryFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import PIXELS, Config, build_config
+from config import CLASSES, OBJECTS, PIXELS, Config, build_config
 from data.decoding import build_decoding
 from data.files import describe_left_out
 from data.inspection import inspect, make_report, open_splits
 from data.inspection_report import print_report
 from data.preview import Preview
+from tasks import object_check
 from tasks.pixel_check import ImagesAlone, count_pixels, describe_pixels, open_pair_splits, pixel_table
 from tasks.pixel_check import preview as draw_pairs
 from utils.command import Parser, run_command
@@ -51,7 +52,7 @@ def check(arguments: list[str]) -> int:
     given = parse(arguments)
     flags = [("DATA.DATA_PATH", given.data_path, "--data-path")] if given.data_path is not None else []
     config = build_config(given.cfg, given.opts, flags)
-    return (check_pairs if config.TASK == PIXELS else check_images)(config, given)
+    return {CLASSES: check_images, PIXELS: check_pairs, OBJECTS: check_objects}[config.TASK](config, given)
 
 
 def check_images(config: Config, given: Namespace) -> int:
@@ -77,6 +78,23 @@ def check_pairs(config: Config, given: Namespace) -> int:
         report["splits"][name] |= describe_pixels(counts, classes)
     show(pixel_table(report, classes))
     return finish(given, report, describe_left_out(indexes), draw_pairs(config, next(iter(indexes.values())), classes))
+
+
+def check_objects(config: Config, given: Namespace) -> int:
+    """Check images with objects; returns the exit status."""
+    indexes, classes = object_check.open_object_splits(config)
+    make_folder(given.output)
+    splits = {}
+    for name, index in indexes.items():
+        splits[name] = inspect(ImagesAlone(index), build_decoding(config), given.workers, name)
+        object_check.mark_other_sizes(splits[name], index.sizes)
+    report = make_report(config, splits, ["image"]) | {"classes": len(classes)}
+    for name, index in indexes.items():
+        report["splits"][name] |= object_check.describe_objects(config, index, classes)
+    show(object_check.object_table(report, classes))
+    first, index = next(iter(indexes.items()))
+    drawn = object_check.preview(config, splits[first], index, classes)
+    return finish(given, report, describe_left_out(indexes), drawn)
 
 
 def make_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from data.augmentation import DeviceStage
 from data.augmentation.pairs import VOID, build_pair_transform
 from data.build import open_pairs
+from data.coco import ObjectIndex
 from data.dataset import ImageDataset, Sample
 from data.decoding import build_decoding, decode, tensor_to_pil
 from data.pair_layouts import find_pair_layout
@@ -31,9 +32,9 @@ SHOWN, CELL = 6, 200
 
 
 class ImagesAlone:
-    """The images of pairs, all of one class, as the inspection of images takes them."""
+    """The images of pairs or with objects, all of one class, as the inspection of images takes them."""
 
-    def __init__(self, index: LabelMaps):
+    def __init__(self, index: LabelMaps | ObjectIndex):
         self.index, self.root, self.left_out = index, index.root, index.left_out
         self.labels, self.name = index.labels, index.name
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import start
-from conftest import ROOT
+from conftest import ROOT, quick
 from PIL import Image
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from engine.memory import within_memory
 from scripts import benchmark
 from scripts.benchmarks.common import in_turn, ratio
-from scripts.benchmarks.contenders import Contender, check_names
+from scripts.benchmarks.contenders import Contender, check_names, count_gmac
 from utils.counting import count_kernels, moved_bytes, saved_bytes
 from utils.errors import UserError
 
@@ -177,6 +177,8 @@ def test_gpu_report_needs_a_gpu():
         (["step", "--models", "swin_tiny"], "swin_tiny is not a CrossFormer"),
         (["model", "--batch-sizes", "4", "0"], "--batch-sizes must be at least 1, not 0"),
         (["model", "--image-size", "31"], "--image-size must be at least 32, not 31"),
+        (["model", "--image-size", "32", "64", "3"], "--image-size must be at least 32, not 3"),
+        (["model", "--image-size", "32", "64", "96"], "--image-size takes one number, or a height and a width, not 3"),
         (["step", "--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["step", "--batch-sizes", "many"], "--batch-sizes: invalid int value: 'many'"),
         (["model", "--compile", "fast"], "--compile: invalid choice: 'fast'"),
@@ -308,12 +310,64 @@ def test_saved_bytes_of_what_is_recomputed():
 
 
 def test_a_segmenter_is_a_contender():
-    one = Contender("semantic_fpn/crossformer_micro", Namespace(image_size=64, precision="fp32"))
+    one = Contender("semantic_fpn/crossformer_micro", Namespace(image_size=(64, 64), precision="fp32"))
     one.training(one.task.synthetic_batch(2))
     assert len(one.part_milliseconds()) == 4
     for wrong in ("upernet/nothing", "upernet/plain_crossformer_micro"):
         with pytest.raises(UserError, match="there is no model"):
             check_names([wrong])
+
+
+@pytest.mark.parametrize(
+    "head", quick(["retinanet", "retinanet_torchvision", "mask_rcnn_torchvision"], ["retinanet_torchvision"])
+)
+def test_a_detector_is_a_contender(head):
+    """On images that are no squares; a row of the report says nothing of GMAC, which are unknown."""
+    name, size = f"{head}/crossformer_micro", (32, 64)
+    one = Contender(name, Namespace(image_size=size, precision="fp32"))
+    assert one.model.published != ("torchvision" in head)
+    batch = one.task.synthetic_batch(2)
+    assert [image.shape for image in batch.images] == [(3, *size)] * 2
+    one.training(batch)
+    assert len(one.part_milliseconds()) == 4
+    one.model.eval()
+    one.inference(batch)
+    assert one.memory("training", batch) > 0
+    assert count_gmac(name, size) is None
+    with pytest.raises(UserError, match="there is no model nothing/crossformer_micro"):
+        check_names(["nothing/crossformer_micro"])
+
+
+@pytest.mark.slow
+def test_detectors(tmp_path):
+    names = ("retinanet/crossformer_micro", "mask_rcnn_torchvision/crossformer_micro", "retinanet/swin_tiny")
+    size = ("--image-size", "32", "64", "--batch-sizes", "1", "2", "--repeats", "1", "--output", tmp_path)
+    done = run_benchmark("model", "--models", *names, *size)
+    assert done.returncode == 0, done.stderr
+    assert "32 x 64" in done.stdout
+    assert "nan" not in done.stdout.split()
+    for model in figures(tmp_path, "model")["models"]:
+        assert model["gmac"] is None
+        assert all(batch[kind]["images_per_second"] for batch in model["batches"] for kind in ("inference", "training"))
+
+
+@pytest.mark.parametrize(
+    ("data", "cfg", "stages"),
+    [
+        ("objects", "detection/mask_rcnn_micro", {"decode masks", "resize, crop, flip, pack masks"}),
+        ("pairs", "segmentation/semantic_fpn_micro", {"decode label map", "change colours"}),
+    ],
+)
+def test_data_of_dense_tasks(request, tmp_path, data, cfg, stages):
+    words = ("--cfg", f"configs/{cfg}.yaml", "--data-path", request.getfixturevalue(data), "--workers", "1")
+    words += ("--batch-size", "2", "--batches", "1", "--repeats", "2", "--output", tmp_path)
+    done = run_benchmark("data", *words)
+    assert done.returncode == 0, done.stderr
+    report = figures(tmp_path, "data")
+    assert len(report["images_per_second"]["this loader"]) == 2
+    assert {"read", "decode image", *stages} <= report["milliseconds_per_image"].keys()
+    assert min(report["milliseconds_per_image"].values()) > 0
+    assert f"Loader for {cfg.partition('/')[0]}: " in done.stdout
 
 
 def test_what_normalises_over_the_batch_is_not_timed_on_one_image(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +14,19 @@ import pytest
 import torch
 from commands import start
 from conftest import ROOT, quick
+from make_coco import write_coco
 from make_layouts import LAYOUTS
 from PIL import Image
 
 from config import build_config
 from tasks.classification import Classification
+from tasks.object_check import MEDIUM, SMALL
 
 COMMAND = ("scripts/check_dataset.py", "--workers", "2")
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (10, 50, 220)
 KINDS = {
     "unreadable", "empty", "truncated", "broken", "other_format", "cmyk", "grey", "more_than_8_bits", "palette",
-    "alpha", "rotated", "tiny", "huge",
+    "alpha", "rotated", "tiny", "huge", "other_size",
 }  # fmt: skip
 
 
@@ -276,6 +279,99 @@ def test_a_mistake_is_one_line(digits, tmp_path, arguments, message):
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def odd_objects(tmp_path) -> Path:
+    """One of each fault and oddity of objects among sound ones: see what the test of them expects."""
+    root = write_coco(tmp_path / "data", train=9, val=3)
+    path = root / "annotations" / "train.json"
+    content = json.loads(path.read_text())
+    images = {one["file_name"]: one for one in content["images"]}
+    images["0000.png"]["width"] += 1
+    of_0000 = images["0000.png"]["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != of_0000]
+    (root / "images/train/0001.png").write_bytes(b"nothing")
+    (root / "images/val/1000.png").write_bytes((root / "images/train/0002.png").read_bytes())
+    leaked = json.loads((root / "annotations/val.json").read_text())
+    leaked["images"][0] |= {side: images["0002.png"][side] for side in ("height", "width")}
+    leaked["annotations"] = [one for one in leaked["annotations"] if one["image_id"] != leaked["images"][0]["id"]]
+    (root / "annotations/val.json").write_text(json.dumps(leaked))
+    last, width = images["0003.png"], images["0003.png"]["width"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != last["id"]]
+    content["categories"].append({"id": 99, "name": "nowhere"})
+    leaked["categories"].append({"id": 99, "name": "nowhere"})
+    (root / "annotations/val.json").write_text(json.dumps(leaked))
+    boxes = {
+        "cut": [width - 10, 5, 12, 12], "rounded": [width - 10, 20, 10.4, 12], "twice": [2, 2, 12, 12],
+        "again": [2, 2, 12, 12], "thin": [5, 20, 12, 1.5], "flat": [5, 25, 12, 0], "no mask": [20, 2, 13, 14],
+        "shifted": [30, 15, 20, 12],
+    }  # fmt: skip
+    for number, (name, (x, y, w, h)) in enumerate(boxes.items(), start=1000):
+        right, left = min(x + w, width), x + 3 * (name == "shifted")
+        polygon = [left, y, right, y, right, y + max(h, 2), left, y + max(h, 2)]
+        one = {"id": number, "image_id": last["id"], "category_id": 3, "bbox": [x, y, w, h]}
+        one |= {"segmentation": [] if name == "no mask" else [polygon]}
+        content["annotations"].append(one)
+    path.write_text(json.dumps(content))
+    return root
+
+
+def test_objects(check, odd_objects):
+    done = check(odd_objects, "--cfg", "configs/detection/mask_rcnn_micro.yaml", "--opts", "AUG.RESIZE", "[160, 80]")
+    assert done.status == 1, done.stderr
+    found = done.found()
+    assert (found["other_size"], found["broken"]) == ({"0000"}, {"0001"})
+    (leak,) = done.report["leaks"]
+    assert [stem(name) for name in leak["val"] + leak["train"]] == ["1000", "0002"]
+    train, val = (done.report["splits"][split] for split in ("train", "val"))
+    odd = {what.partition(",")[0].partition(" once")[0]: lines for what, lines in train["odd_objects"].items()}
+    assert odd.pop("boxes cut at the edge of the image") == ["0003.png: annotation 1000, by 2 pixels"]
+    assert [stem(line) for line in odd.pop("images without objects")] == ["0000", "0004"]
+    image = odd_objects / "images/train/0003.png"
+    assert odd == {
+        "boxes with a side below 4 pixels": [f"{image}: rectangle from 5, 20 to 17, 21.5"],
+        "boxes that stand twice in an image": [f"{image}: rectangle from 2, 2 to 14, 14"],
+        "boxes that differ from their masks by over 10 % of a side": [f"{image}: rectangle from 30, 15 to 50, 27"],
+        "objects without a mask": [f"{image}: rectangle from 20, 2 to 33, 16"],
+    }
+    assert train["classes_missing"] == val["classes_missing"] == ["nowhere"]
+    assert "; boxes of no width or height are left out (train: 1)" in done.stdout
+
+
+def test_counts_of_objects(check, coco):
+    """As in the json."""
+    done = check(coco, "--cfg", "configs/detection/mask_rcnn_micro.yaml")
+    assert done.status == 0, done.stderr
+    for split in ("train", "val"):
+        content, counted = json.loads((coco / f"annotations/{split}.json").read_text()), {}
+        for number, name in ((3, "rectangle"), (7, "ellipse")):
+            of_class = [one for one in content["annotations"] if one["category_id"] == number]
+            known = [one for one in of_class if not one["iscrowd"]]
+            small = sum(one["area"] < 1024 for one in known)
+            counted[name] = {
+                "images": len({one["image_id"] for one in known}), "objects": len(known),
+                "crowds": len(of_class) - len(known), "small": small, "medium": len(known) - small, "large": 0,
+            }  # fmt: skip
+        assert done.report["splits"][split]["objects"] == counted
+        assert not any(lines for what, lines in done.report["splits"][split]["odd_objects"].items() if "boxes" in what)
+
+
+def test_objects_are_drawn(check, coco, tmp_path):
+    """On black images, so that all colour is that of objects: in each row, of full boxes' pixels in places."""
+    black = shutil.copytree(coco, tmp_path / "data")
+    for path in black.glob("images/*/*.png"):
+        Image.new("RGB", Image.open(path).size).save(path)
+    done = check(black, "--cfg", "configs/detection/mask_rcnn_micro.yaml")
+    rows = np.split(np.asarray(Image.open(done.output / "augmentations.png").convert("HSV"))[40:, :, 1] > 100, 3)
+    shares = [row.mean() for row in rows]
+    assert min(shares) > 0.01
+    assert max(shares) < 1.2 * min(shares)
+    assert (rows[1] != rows[2]).any()  # another epoch, another flip
+
+
+def test_areas_are_cocos():
+    assert np.digitize([1023, 1024, 9215, 9216], [SMALL, MEDIUM]).tolist() == [0, 1, 1, 2]
 
 
 @pytest.fixture

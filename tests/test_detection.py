@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from commands import start
-from conftest import ROOT, Result
+from conftest import ROOT, Result, quick
 from make_coco import CLASSES
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine import throughput
+from main import main
 from tasks.average_precision import evaluate_results, of_each_class, read_truth, to_results, twelve
 from tasks.objects import pad_together, unpack_masks
 
@@ -210,6 +212,19 @@ def test_export(trained, tmp_path, form):
     for what in ("score", "box"):
         assert f"largest difference of a {what} to the model's own: " in done.stdout
     assert "it takes one image of one size: evaluation brings images within 96 x 64 pixels" in done.stdout
+
+
+@pytest.mark.parametrize("head", quick(["retinanet", "mask_rcnn", "cascade_mask_rcnn"], ["retinanet"]))
+def test_throughput(tmp_path, monkeypatch, capsys, head):
+    """Of images that are no squares; how many products a detector takes depends on what it finds, and is unknown."""
+    monkeypatch.setattr(throughput, "SECONDS_PER_REPEAT", 0.01)
+    words = [2 if word == "4" else word for word in RUN] + ["MODEL.HEAD", head, "DATA.IMG_SIZE", "[64, 96]"]
+    assert main([*map(str, words), "--throughput", "--output", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*/run/throughput.json")
+    values = json.loads(file.read_text())
+    assert (values["gmac"], values["image_size"]) == (None, [64, 96])
+    assert values["forward"]["images_per_second"] > values["training_step"]["images_per_second"] > 0
+    assert "unknown GMAC at 64 x 96" in capsys.readouterr().out
 
 
 @pytest.mark.slow

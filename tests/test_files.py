@@ -22,6 +22,7 @@ from config import build_config
 from data.build import open_images
 from data.files import (
     IMAGE_TYPES,
+    NO_EXTENT,
     describe_kinds,
     describe_left_out,
     fewer_kinds,
@@ -113,6 +114,10 @@ def test_the_line_stays_short():
     train, val = SimpleNamespace(left_out={".txt": 2}), SimpleNamespace(left_out={".heic": 1})
     line = describe_left_out({"train": train, "val": val})
     assert line == "3 files are left out, being no images of a class (train: 2 .txt; val: 1 .heic)"
+    train, val = (SimpleNamespace(left_out={NO_EXTENT: count}) for count in (1200, 1))
+    assert describe_left_out({"train": train, "val": val}) == (
+        "boxes of no width or height are left out (train: 1,200, val: 1)"
+    )
 
 
 # ---- Folders

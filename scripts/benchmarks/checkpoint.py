@@ -8,8 +8,9 @@ from functools import partial
 import torch
 
 from engine.checkpoints import Checkpoints
-from scripts.benchmarks.common import finish_report, show_progress, start_report, this_device
+from scripts.benchmarks.common import finish_report, show_progress, start_report
 from utils.checkpoint import save_atomically
+from utils.machine import this_device
 from utils.tables import Table
 from utils.timing import seconds
 

@@ -1,8 +1,6 @@
 """What several benchmarks use: timing in turn, and what the figures were measured on."""
 
 import json
-import os
-import platform
 import statistics
 import sys
 from argparse import Namespace
@@ -11,11 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
-import timm
-import torch
-import torchvision
-
 from utils.errors import UserError
+from utils.machine import machine
 from utils.tables import Table, show
 
 Key = TypeVar("Key", bound=Hashable)
@@ -88,28 +83,3 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written to: {error.strerror}") from error
-
-
-def this_device() -> torch.device:
-    """Choose the first GPU, or the CPU where there is none."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def machine() -> dict[str, str]:
-    """Say what the figures are measured on."""
-    return {
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU",
-        "cpu": cpu_name(),
-        "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-    }
-
-
-def cpu_name() -> str:
-    """Name the CPU as Linux does; elsewhere by its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

@@ -14,29 +14,35 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from config import CLASSES, PIXELS, build_config
+from config import CLASSES, OBJECTS, PIXELS, Config, build_config
 from data.loading import Batch
 from engine.ema import Ema
 from engine.memory import within_memory
 from engine.model import begin_step, giga_macs
 from engine.precision import Precision, choose_precision
 from engine.step import StepResult, TrainStep
+from engine.throughput import none_if_unknown
 from models.build import recompute, takes
 from models.crossformer import VARIANTS
-from models.heads import HEADS, create_segmenter
+from models.heads import DETECTORS, HEADS, create_detector, create_segmenter
 from models.reference import plain
 from optimizer import build_optimizer
-from scripts.benchmarks.common import this_device
 from tasks import Task, build_task
-from tasks.segmentation import CLASSES_WITHOUT_DATA
+from tasks.detection import CLASSES_WITHOUT_DATA as CLASSES_OF_OBJECTS
+from tasks.segmentation import CLASSES_WITHOUT_DATA as CLASSES_OF_PIXELS
 from utils.compat import compile_many_models, is_compiled
 from utils.counting import saved_bytes
 from utils.errors import UserError, did_you_mean
+from utils.image_size import describe_size
+from utils.machine import this_device
 from utils.meters import DeviceMeters
 from utils.timing import seconds, synchronize
 
 PLAIN = "plain_"
 """Before the name of a variant: its plain implementation, models/reference.py."""
+
+TORCHVISION = "_torchvision"
+"""Behind the head of a detector: in torchvision's style."""
 
 PEERS = {
     **{f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")},
@@ -87,8 +93,7 @@ class Contender:
     """
 
     def __init__(self, network: str, arguments: Namespace):
-        task = PIXELS if head_of(network) else CLASSES
-        config = build_config("", ["DATA.IMG_SIZE", str(arguments.image_size), "TASK", task])
+        config = config_of(network, arguments.image_size)
         device = this_device()
         torch.manual_seed(0)
         self.network = network
@@ -113,7 +118,7 @@ class Contender:
         """Compute logits."""
         begin_step(self.model)
         with torch.inference_mode(), self.precision.autocast():
-            self.model(batch.images)
+            self.model(batch.images if isinstance(batch.images, torch.Tensor) else torch.stack(batch.images))
 
     def training(self, batch: Batch) -> None:
         """Take a step as the training loop does, and mark the end of each of its PARTS."""
@@ -181,7 +186,7 @@ class Contender:
 
         def forward() -> torch.Tensor:
             with self.precision.autocast():
-                return self.task.loss(self.model, batch)[0]
+                return self.task.loss(self.model, self.task.prepare(batch))[0]
 
         return within_memory(lambda: saved_bytes(forward, self.model.parameters()))
 
@@ -234,7 +239,17 @@ def milliseconds(began, ended) -> float:
 def head_of(network: str) -> str:
     """The head in ``HEAD/BACKBONE``; empty for a classifier."""
     head, _, backbone = network.partition("/")
-    return head if backbone and head in HEADS else ""
+    return head if backbone and (head in HEADS or head.removesuffix(TORCHVISION) in DETECTORS) else ""
+
+
+def config_of(network: str, image_size: tuple[int, int]) -> Config:
+    """Give the settings of the network's task."""
+    head, size = head_of(network), ["DATA.IMG_SIZE", str(list(image_size))]
+    if not head:
+        return build_config("", ["TASK", CLASSES, *size])
+    if head in HEADS:
+        return build_config("", ["TASK", PIXELS, *size])
+    return build_config("", ["TASK", OBJECTS, "MODEL.HEAD", head.removesuffix(TORCHVISION), *size])
 
 
 def check_names(names: list[str]) -> None:
@@ -251,12 +266,15 @@ def check_names(names: list[str]) -> None:
             raise UserError(f"--models: {each} stands twice")
 
 
-def create(name: str, image_size: int) -> nn.Module:
-    """Build the model with random weights, stochastic depth and 1,000 classes (150 of pixels), on the CPU."""
+def create(name: str, image_size: tuple[int, int]) -> nn.Module:
+    """Build it with random weights, stochastic depth and 1,000 classes (150 of pixels, 80 of objects), on the CPU."""
     if head := head_of(name):
         backbone: Any = create(name.removeprefix(f"{head}/"), image_size)
         backbone.reset_classifier(0)
-        return create_segmenter(head, backbone, CLASSES_WITHOUT_DATA)
+        if head in HEADS:
+            return create_segmenter(head, backbone, CLASSES_OF_PIXELS)
+        style = "torchvision" if head.endswith(TORCHVISION) else "published"
+        return create_detector(head.removesuffix(TORCHVISION), backbone, CLASSES_OF_OBJECTS, style=style)
     if name.startswith(PLAIN):
         variant = name.removeprefix(PLAIN)
         model = plain(variant, num_classes=CLASSES_TOLD, drop_path_rate=published_stochastic_depth(variant))
@@ -280,18 +298,20 @@ def published_stochastic_depth(variant: str) -> float:
 
 
 @cache
-def count_gmac(name: str, image_size: int) -> float:
-    """Count one image's. Both implementations of a variant have that of the plain one, which hides no operation.
+def count_gmac(name: str, image_size: tuple[int, int]) -> float | None:
+    """Count one image's; None of a detector, whose work depends on what it finds.
+
+    Both implementations of a variant have that of the plain one, which hides no operation.
 
     Raises:
         UserError: the model does not take images of this size.
     """
     model = create(PLAIN + name if name in VARIANTS else name, image_size)
     try:
-        return giga_macs(model, image_size, torch.device("cpu"))
+        return none_if_unknown(giga_macs(model, image_size, torch.device("cpu")))
     except UserError as error:
         reason = str(error.__cause__).partition("\n")[0]
-        raise UserError(f"--image-size {image_size}: {name} does not take it: {reason}") from error
+        raise UserError(f"--image-size {describe_size(image_size)}: {name} does not take it: {reason}") from error
 
 
 def precision_of(name: str, device: torch.device) -> Precision:

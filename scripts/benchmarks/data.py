@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from config import PIXELS, build_config
+from config import CLASSES, build_config
 from data.augmentation import Plan, augments_on_device, build_train_stage, build_train_transform
 from data.build import build_train_loader, open_images
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding, decode
 from data.index import Index
 from scripts.benchmarks import common
-from scripts.benchmarks.common import ratio, rounded, this_device
+from scripts.benchmarks.common import ratio, rounded
 from utils.errors import UserError
 from utils.image_size import height_and_width
+from utils.machine import this_device
 from utils.tables import Table
 from utils.timing import seconds
 
@@ -39,10 +40,10 @@ def benchmark_data(arguments: Namespace) -> None:
     warnings.filterwarnings("ignore", message=".*worker processes in total.*|.*encoding capabilities of TorchVision.*")
     torch.set_num_threads(1)  # the workers need the cores
     config = config_for(arguments, arguments.data_path)
-    if config.TASK == PIXELS:
-        from scripts.benchmarks.pairs import benchmark_pairs  # which takes much from here
+    if config.TASK != CLASSES:
+        from scripts.benchmarks.dense import benchmark_dense  # which takes much from here
 
-        benchmark_pairs(arguments, config)
+        benchmark_dense(arguments, config)
         return
     if not (Path(arguments.data_path) / "train").is_dir():
         raise UserError(f"--data-path {arguments.data_path} has no folder train/, which timm and torchvision read")

@@ -11,22 +11,19 @@ import torch
 from config import SETTINGS
 from engine.memory import within_memory
 from engine.model import training_giga_macs
-from engine.precision import Precision
-from engine.throughput import TRAIN_STEP_MACS
+from engine.throughput import TRAIN_STEP_MACS, none_if_unknown
 from models.crossformer import VARIANTS
+from models.heads import HEADS
 from scripts.benchmarks import common, contenders
-from scripts.benchmarks.common import ratio, rounded, show_progress, this_device
+from scripts.benchmarks.common import ratio, rounded, show_progress
 from scripts.benchmarks.contenders import KINDS, PARTS, PLAIN, PLAIN_STEP, Contender
 from scripts.benchmarks.plot import draw_models
 from utils.compat import is_compiled
 from utils.counting import count_kernels, moved_bytes
 from utils.errors import UserError, did_you_mean
+from utils.image_size import height_and_width
+from utils.machine import copying, matrix_product, this_device
 from utils.tables import Table
-from utils.timing import seconds
-
-SECONDS_PER_PRODUCT = 0.2
-COPIED_BYTES = 1 << 28
-MATRIX_SIZE = {"cuda": 8192, "cpu": 2048}
 
 SWINS = {"swin_tiny": 4.5, "swin_small": 8.7, "swin_base": 15.4}
 """The published GMAC of each, to choose the one of similar size."""
@@ -65,7 +62,7 @@ def lineup(names: list[str], arguments: Namespace) -> list[str]:
     everyone: dict[str, None] = {}
     for name in names:
         gmac = contenders.count_gmac(name, arguments.image_size)
-        networks = name, PLAIN + name, min(SWINS, key=lambda swin: abs(SWINS[swin] - gmac))
+        networks = name, PLAIN + name, min(SWINS, key=lambda swin: abs(SWINS[swin] - (gmac or 0)))
         ways = [f"{name}, recompute {how}" for how in SETTINGS["TRAIN.USE_CHECKPOINT"].choices[1:]]
         compiled = [f"{network}, compiled" for network in networks if arguments.compile != "none"]
         everyone |= dict.fromkeys([name, *ways, networks[1], f"{networks[1]}, {PLAIN_STEP}", networks[2], *compiled])
@@ -86,7 +83,7 @@ def race(names: list[str], sizes: list[int], kinds: tuple[str, ...], arguments: 
         model |= {"kernels": {}, "moved_bytes": {}} if is_compiled(one.model) else count(one, kinds, batches[sizes[-1]])
         model["batches"] = []
         for n, batch in batches.items():
-            gmac = training_giga_macs(one.model, arguments.image_size, n)
+            gmac = none_if_unknown(training_giga_macs(one.model, arguments.image_size, n))
             of_batch: dict[str, Any] = {"batch_size": n, "training_gmac": gmac}
             for kind in kinds:
                 show_progress(f"warming up {name}, {kind}, batch {n}")
@@ -96,7 +93,7 @@ def race(names: list[str], sizes: list[int], kinds: tuple[str, ...], arguments: 
         facts.append(model)
     runs = dict(sorted(runs.items(), key=lambda run: run[0][:2]))  # those of one size and kind one after the other
     precision = contenders.precision_of(arguments.precision, this_device())
-    runs["matmul"], runs["copy"] = matrix_product(precision), copying(precision.device)
+    runs["matmul"], runs["copy"] = matrix_product(precision.device, precision.dtype), copying(precision.device)
     figures = common.in_turn(runs, arguments.repeats)
     for model in facts:
         for batch in model["batches"]:
@@ -114,7 +111,7 @@ def race(names: list[str], sizes: list[int], kinds: tuple[str, ...], arguments: 
 
 def count(one: Contender, kinds: tuple[str, ...], batch) -> dict[str, dict[str, int]]:
     """Count what it launches for one image, and what its kernels read and write for a batch, if that fits in memory."""
-    single = one.task.synthetic_batch(2 if contenders.head_of(one.network) else 1)
+    single = one.task.synthetic_batch(2 if contenders.head_of(one.network) in HEADS else 1)
     counts: dict[str, dict[str, int]] = {"kernels": {}, "moved_bytes": {}}
     for kind in kinds:
         one.model.train(kind == "training")
@@ -126,23 +123,6 @@ def count(one: Contender, kinds: tuple[str, ...], batch) -> dict[str, dict[str, 
     return counts
 
 
-def matrix_product(precision: Precision) -> Callable[[], float]:
-    """Make a function that returns the TFLOP/s of the product of two large square matrices."""
-    n = MATRIX_SIZE[precision.device.type]
-    a, b = (torch.randn(n, n, device=precision.device, dtype=precision.dtype) for _ in range(2))
-    a @ b
-    times = max(1, int(SECONDS_PER_PRODUCT / seconds(lambda: a @ b)))
-    return lambda: 2 * n**3 / 1e12 / seconds(lambda: a @ b, times)
-
-
-def copying(device: torch.device) -> Callable[[], float]:
-    """Make a function that returns GB/s, read and written, of copying a large tensor."""
-    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    times = max(1, int(SECONDS_PER_PRODUCT / seconds(lambda: target.copy_(source))))
-    return lambda: 2 * COPIED_BYTES / 1e9 / seconds(lambda: target.copy_(source), times)
-
-
 def tables(report: dict) -> list[Table]:
     """Images per second, the parts of a training step, and what lies behind them."""
     return [speeds(report), parts(report), work(report)]
@@ -150,9 +130,11 @@ def tables(report: dict) -> list[Table]:
 
 def setting_of(report: dict) -> str:
     """Say how networks were measured."""
-    settings, size = report["settings"], report["settings"]["image_size"]
+    settings, (height, width) = report["settings"], height_and_width(report["settings"]["image_size"])
     compiled = "" if settings["compile"] == "none" else f", torch.compile {settings['compile']}"
-    return f"{report['precision']}, {size} x {size}, channels last{compiled}, medians of {settings['repeats']} in turn"
+    return (
+        f"{report['precision']}, {height} x {width}, channels last{compiled}, medians of {settings['repeats']} in turn"
+    )
 
 
 def compared_with(name: str) -> str:
@@ -208,7 +190,8 @@ def work(report: dict) -> Table:
     rate, bandwidth = statistics.median(report["matmul_tflops"]), statistics.median(report["copy_gb_per_second"])
     rows = []
     for model in report["models"]:
-        batch, row = model["batches"][-1], [model["name"], f"{model['parameters'] / 1e6:.1f}", f"{model['gmac']:.3g}"]
+        batch, row = model["batches"][-1], [model["name"], f"{model['parameters'] / 1e6:.1f}"]
+        row.append("" if model["gmac"] is None else f"{model['gmac']:.3g}")
         for kind in report["kinds"]:
             row.append(f"{model['kernels'][kind]:,}" if model["kernels"] else "")
             speed, moved = batch[kind]["images_per_second"], model["moved_bytes"].get(kind)
@@ -216,8 +199,9 @@ def work(report: dict) -> Table:
                 row += ["", ""]
                 continue
             milliseconds = 1e3 * batch["batch_size"] / statistics.median(speed)
-            macs = TRAIN_STEP_MACS * batch["training_gmac"] if kind == "training" else model["gmac"]
-            row.append(f"{200 * macs * batch['batch_size'] / rate / milliseconds:.0f} %")
+            times, macs = (TRAIN_STEP_MACS, batch["training_gmac"]) if kind == "training" else (1, model["gmac"])
+            share = None if macs is None else 200 * times * macs * batch["batch_size"] / rate / milliseconds
+            row.append("" if share is None else f"{share:.0f} %")
             row.append(f"{100 * moved / 1e6 / bandwidth / milliseconds:.0f} %" if moved else "")
         rows.append(row)
     title = (

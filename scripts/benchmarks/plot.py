@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from scripts.benchmarks.contenders import PLAIN
+from utils.image_size import height_and_width
 
 COLOURS = {
     "crossformer_": "tab:blue", "crossformerpp_": "tab:purple", "swin_": "tab:green", "convnext_": "tab:red",
@@ -24,7 +25,7 @@ def draw_models(report: dict, path: Path) -> bool:
     A line with its name at its end for each network of about one size; others would ask for a scale of their own.
 
     Returns:
-        False where nothing was drawn: there is but one batch size, or matplotlib is not installed.
+        False where nothing was drawn: there is but one batch size, no GMAC is known, or matplotlib is not installed.
     """
     sizes = report["batch_sizes"]
     try:
@@ -38,7 +39,9 @@ def draw_models(report: dict, path: Path) -> bool:
 
     models = report["models"]
     size = next((model for model in models if model["name"] == CENTRE), models[0])["gmac"]
-    drawn = [model for model in models if abs(model["gmac"] / size - 1) < SIMILAR]
+    drawn = [model for model in models if size and model["gmac"] and abs(model["gmac"] / size - 1) < SIMILAR]
+    if not drawn:
+        return False
     figure, axes = plt.subplots(1, 2, figsize=(13, 5))
     for axis, kind in zip(axes, ("inference", "training"), strict=True):
         ends = []
@@ -57,11 +60,11 @@ def draw_models(report: dict, path: Path) -> bool:
         axis.grid(axis="y", alpha=0.3, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         name_lines(axis, ends)
-    of, settings = report["machine"], report["settings"]
+    of, (height, width) = report["machine"], height_and_width(report["settings"]["image_size"])
     figure.text(
         0.01, 0.015,
-        f"{of['cpu'] if of['device'] == 'no GPU' else of['device']}, {report['precision']}, {settings['image_size']} x "
-        f"{settings['image_size']}, torch {of['torch']}; dashed: models/reference.py",
+        f"{of['cpu'] if of['device'] == 'no GPU' else of['device']}, {report['precision']}, {height} x "
+        f"{width}, torch {of['torch']}; dashed: models/reference.py",
         fontsize="small", color="dimgrey",
     )  # fmt: skip
     figure.subplots_adjust(left=0.04, right=0.84, top=0.92, bottom=0.17, wspace=0.58)
