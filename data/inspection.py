@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from data.layouts import find_layout
 from utils.errors import UserError
 from utils.processes import forked
 from utils.progress import with_progress
+from utils.tables import Table
 
 CHUNK = 32
 COLOUR_SAMPLE = 4096
@@ -105,6 +106,22 @@ class Inspection:
         if kind == "other_format":
             return record["format"].decode()
         return f"orientation {record['orientation']}" if kind == "rotated" else ""
+
+
+class Checked(NamedTuple):
+    """All that is known of a data set once it is checked.
+
+    Attributes:
+        report: as of :func:`make_report`.
+        left_out: a line about what is not used; empty where all is.
+        sheet: pictures of what training makes of some images, as a PNG; None where no image can be decoded.
+        tables: what else there is to show.
+    """
+
+    report: dict
+    left_out: str
+    sheet: bytes | None
+    tables: list[Table]
 
 
 def open_splits(config) -> tuple[dict[str, Index], list[str]]:

@@ -1,4 +1,4 @@
-"""What training makes of a few images, to look at."""
+"""The check of images of classes, with what training makes of a few of them, to look at."""
 
 from collections.abc import Callable
 from typing import cast
@@ -17,11 +17,27 @@ from data.augmentation import (
 )
 from data.dataset import DecodeAndTransform, ImageDataset, Sample
 from data.decoding import build_decoding, decode, tensor_to_pil
+from data.files import describe_left_out
 from data.index import Index
+from data.inspection import Checked, inspect, make_report, open_splits
 from data.sampling import epoch_order
 from utils.contact_sheet import PER_ROW, draw_rows
 from utils.image_size import height_and_width
 from utils.randomness import seed_everything
+
+
+def check_images(config, workers: int) -> Checked:
+    """Check images of classes in at most so many processes.
+
+    Raises:
+        UserError: something is missing or does not fit, or a process was killed.
+    """
+    indexes, classes = open_splits(config)
+    preview = Preview(config, len(classes))
+    splits = {name: inspect(index, build_decoding(config), workers, name) for name, index in indexes.items()}
+    first = next(iter(splits.values()))
+    sheet = preview.draw(first.index, first.decoded(), classes)
+    return Checked(make_report(config, splits, classes), describe_left_out(indexes), sheet, [])
 
 
 class Preview:

@@ -14,15 +14,12 @@ from tempfile import TemporaryFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import CLASSES, OBJECTS, PIXELS, Config, build_config
-from data.decoding import build_decoding
-from data.files import describe_left_out
-from data.inspection import inspect, make_report, open_splits
+from config import CLASSES, OBJECTS, PIXELS, build_config
+from data.inspection import Checked
 from data.inspection_report import print_report
-from data.preview import Preview
-from tasks import object_check
-from tasks.pixel_check import ImagesAlone, count_pixels, describe_pixels, open_pair_splits, pixel_table
-from tasks.pixel_check import preview as draw_pairs
+from data.preview import check_images
+from tasks.object_check import check_objects
+from tasks.pixel_check import check_pairs
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.files import write_whole, writing
@@ -52,49 +49,9 @@ def check(arguments: list[str]) -> int:
     given = parse(arguments)
     flags = [("DATA.DATA_PATH", given.data_path, "--data-path")] if given.data_path is not None else []
     config = build_config(given.cfg, given.opts, flags)
-    return {CLASSES: check_images, PIXELS: check_pairs, OBJECTS: check_objects}[config.TASK](config, given)
-
-
-def check_images(config: Config, given: Namespace) -> int:
-    """Check images of classes; returns the exit status."""
-    indexes, classes = open_splits(config)
-    preview = Preview(config, len(classes))
     make_folder(given.output)
-    splits = {name: inspect(index, build_decoding(config), given.workers, name) for name, index in indexes.items()}
-    first = next(iter(splits.values()))
-    report = make_report(config, splits, classes)
-    return finish(given, report, describe_left_out(indexes), preview.draw(first.index, first.decoded(), classes))
-
-
-def check_pairs(config: Config, given: Namespace) -> int:
-    """Check images with label maps; returns the exit status."""
-    indexes, classes = open_pair_splits(config)
-    make_folder(given.output)
-    images = {name: ImagesAlone(index) for name, index in indexes.items()}
-    splits = {name: inspect(index, build_decoding(config), given.workers, name) for name, index in images.items()}
-    report = make_report(config, splits, ["image"])
-    for name, index in indexes.items():
-        counts = count_pixels(config, index, classes, given.workers, name)
-        report["splits"][name] |= describe_pixels(counts, classes)
-    show(pixel_table(report, classes))
-    return finish(given, report, describe_left_out(indexes), draw_pairs(config, next(iter(indexes.values())), classes))
-
-
-def check_objects(config: Config, given: Namespace) -> int:
-    """Check images with objects; returns the exit status."""
-    indexes, classes = object_check.open_object_splits(config)
-    make_folder(given.output)
-    splits = {}
-    for name, index in indexes.items():
-        splits[name] = inspect(ImagesAlone(index), build_decoding(config), given.workers, name)
-        object_check.mark_other_sizes(splits[name], index.sizes)
-    report = make_report(config, splits, ["image"]) | {"classes": len(classes)}
-    for name, index in indexes.items():
-        report["splits"][name] |= object_check.describe_objects(config, index, classes)
-    show(object_check.object_table(report, classes))
-    first, index = next(iter(indexes.items()))
-    drawn = object_check.preview(config, splits[first], index, classes)
-    return finish(given, report, describe_left_out(indexes), drawn)
+    checked = {CLASSES: check_images, PIXELS: check_pairs, OBJECTS: check_objects}[config.TASK](config, given.workers)
+    return finish(given, checked)
 
 
 def make_folder(folder: Path) -> None:
@@ -104,15 +61,16 @@ def make_folder(folder: Path) -> None:
         TemporaryFile(dir=folder).close()
 
 
-def finish(given: Namespace, report: dict, left_out: str, drawn: bytes | None) -> int:
+def finish(given: Namespace, checked: Checked) -> int:
     """Write and print all that was found; returns the exit status."""
     file, sheet = given.output / "report.json", given.output / "augmentations.png"
     with writing(given.output, REMEDY):
-        write_whole(file, json.dumps(report, indent=1).encode())
-        if drawn:
-            write_whole(sheet, drawn)
-    print_report(report, left_out, file, sheet if drawn else None)
-    return 0 if report["sound"] else 1
+        write_whole(file, json.dumps(checked.report, indent=1).encode())
+        if checked.sheet:
+            write_whole(sheet, checked.sheet)
+    show(*checked.tables)
+    print_report(checked.report, checked.left_out, file, sheet if checked.sheet else None)
+    return 0 if checked.report["sound"] else 1
 
 
 main = partial(run_command, check)

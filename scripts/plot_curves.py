@@ -13,7 +13,7 @@ from utils.surroundings import a_path
 
 METRICS = {
     "top1": "top-1", "top5": "top-5", "miou": "mIoU", "mean_accuracy": "mean accuracy",
-    "pixel_accuracy": "pixel accuracy",
+    "pixel_accuracy": "pixel accuracy", "box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP",
 }  # fmt: skip
 """In percent, of an evaluation; the first one that it has decides which weights are the best."""
 
@@ -41,14 +41,16 @@ def draw(plt, train: list[dict], evaluations: list[dict], title: str, path: Path
             for number, metric in enumerate(metric for metric in METRICS if metric in mine[0]):
                 label, values = f"{METRICS[metric]}{name}", [e[metric] for e in mine]
                 accuracy.plot(at, values, style, markersize=3, alpha=0.5 if number else 1, label=label)
+    measured = "accuracy (%)"
     if evaluations:
         first = next(metric for metric in METRICS if metric in evaluations[0])
+        measured = "average precision (%)" if first == "box_ap" else measured
         best = max(e[first] for e in evaluations)
         accuracy.set_title(f"best {METRICS[first]} {best:.2f} %", fontsize="medium")
         accuracy.legend()
     rate.plot(steps, [e["lr"] for e in train], linewidth=1)
     loss.legend()
-    for axis, label in ((loss, "cross entropy"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
+    for axis, label in ((loss, "loss"), (accuracy, measured), (rate, "learning rate")):
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

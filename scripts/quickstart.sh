@@ -1,32 +1,59 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: set up, train micro on scikit-learn's handwritten digits, evaluate, draw the curves.
+# From nothing to a trained model: set up, train a small network, evaluate, draw the curves; and show what it finds.
 # It may be run again: a training that was stopped carries on, one that is done is only evaluated.
 #
-#     bash scripts/quickstart.sh [more flags of main.py for the training, as --opts TRAIN.EPOCHS 2]
+#     bash scripts/quickstart.sh                 the classes of scikit-learn's handwritten digits
+#     bash scripts/quickstart.sh segmentation    the pixels of cell nuclei (examples/nuclei)
+#     bash scripts/quickstart.sh detection       cell nuclei one by one
+#
+# More words are flags of main.py for the training, as --opts TRAIN.EPOCHS 2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+data=examples/nuclei batch=4 most=4 # images of a step, and processes that share them at most
+case "${1:-}" in
+'' | -*)
+    tag=digits data=quickstart/digits batch=32 most=32 cfg=configs/micro.yaml network=crossformer_micro
+    metric=top1 called='Top-1 on the digits' next='ImageNet' command='configs/small.yaml --data-path /imagenet'
+    ;;
+segmentation)
+    tag=nuclei batch=8 cfg=$data/nuclei.yaml network=semantic_fpn_crossformer_micro metric=miou called='mIoU of the nuclei'
+    next='ADE20K' command='configs/segmentation/upernet_small.yaml --data-path /ade20k --pretrained crossformer-s.pth'
+    ;;
+detection)
+    tag=nuclei cfg=$data/mask_rcnn.yaml network=mask_rcnn_crossformer_micro metric=box_ap called='Box AP of the nuclei'
+    next='COCO' command='configs/detection/mask_rcnn_small.yaml --data-path /coco --pretrained crossformer-s.pth'
+    ;;
+*)
+    echo "error: there is no quick start $1; say nothing (for digits), segmentation or detection" >&2
+    exit 2
+    ;;
+esac
+[[ ${1:--} = -* ]] || shift
 . scripts/environment.sh requirements-quickstart.txt
 
-python scripts/make_digits.py quickstart/digits
-# 1, 2, 4, 8 ... processes, which divide the 32 images of a step: one for each GPU, or two on the CPU
-processes=$(python -c 'import torch; gpus = min(torch.cuda.device_count(), 32) or 2; print(1 << gpus.bit_length() - 1)')
+[ $tag = nuclei ] || python scripts/make_digits.py $data
+# 1, 2, 4, 8 ... processes, which divide the images of a step: one for each GPU, or two on the CPU
+processes=$(python -c "import torch; gpus = min(torch.cuda.device_count(), $most) or 2; print(1 << gpus.bit_length() - 1)")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the CPU processes share the cores
-run() { python scripts/launch.py --standalone --nproc_per_node "$processes" main.py --cfg configs/micro.yaml --output quickstart "$@"; }
-results=quickstart/crossformer_micro/digits
+run() { python scripts/launch.py --standalone --nproc_per_node "$processes" main.py --cfg $cfg --data-path $data --output quickstart "$@"; }
+results=quickstart/$network/$tag
 
 start=$SECONDS
-run --data-path quickstart/digits --tag digits --batch-size $((32 / processes)) "$@"
+run --tag $tag --batch-size $((batch / processes)) "$@"
 seconds=$((SECONDS - start))
-run --data-path quickstart/digits --tag digits_eval --eval --resume $results/checkpoints/best.pth
+run --tag ${tag}_eval --eval --resume $results/checkpoints/best.pth
 python scripts/plot_curves.py $results
+if [ $tag = nuclei ]; then
+    python predict.py --checkpoint $results/checkpoints/best.pth $data/images/val --overlay quickstart/found --sheet quickstart/found.png >quickstart/found.txt
+fi
 
-top1=$(tail -n 1 quickstart/crossformer_micro/digits_eval/metrics.jsonl | python -c 'import json; print("%.2f" % json.loads(input())["top1"])')
+result=$(tail -n 1 quickstart/$network/${tag}_eval/metrics.jsonl | python -c "import json; print('%.2f' % json.loads(input())['$metric'])")
 cat <<TXT
 
-Top-1 on the digits: $top1 % (training took $seconds s on $processes processes, this time)
+$called: $result % (training took $seconds s on $processes processes, this time)
 Curves:   $results/curves.png   (tensorboard --logdir $results/tensorboard)
 Results:  $results
-
-Next, ImageNet on 8 GPUs:
-    torchrun --nproc_per_node 8 main.py --cfg configs/small.yaml --data-path /imagenet
+$([ $tag = digits ] || echo "Found:    quickstart/found.png, and each image in quickstart/found")
+Next, $next on 8 GPUs:
+    torchrun --nproc_per_node 8 main.py --cfg $command
 TXT

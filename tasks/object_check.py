@@ -16,10 +16,12 @@ from data.coco import ObjectIndex, Objects, find_coco_layout
 from data.coco_json import AnnotationFile
 from data.dataset import ImageDataset, Sample
 from data.decoding import Decoding, build_decoding, decode, tensor_to_pil
-from data.inspection import BIT, FAULTS, Inspection, describe_counts
+from data.files import describe_left_out
+from data.inspection import BIT, FAULTS, Checked, Inspection, describe_counts, inspect, make_report
 from data.objects import DecodeObjects
 from data.sampling import epoch_order
 from tasks.object_overlay import draw_objects
+from tasks.pixel_check import ImagesAlone
 from utils.contact_sheet import draw_rows
 from utils.tables import Table
 
@@ -34,6 +36,25 @@ TOLERANCE = 0.1
 """Of a box's sides: by so much the box of its mask may differ."""
 SHOWN, CELL = 5, 320
 """Images in the preview, and the pixels of the longest side of each."""
+
+
+def check_objects(config: Config, workers: int) -> Checked:
+    """Check images with objects in at most so many processes.
+
+    Raises:
+        UserError: something is missing or does not fit, or a process was killed.
+    """
+    indexes, classes = open_object_splits(config)
+    splits = {}
+    for name, index in indexes.items():
+        splits[name] = inspect(ImagesAlone(index), build_decoding(config), workers, name)
+        mark_other_sizes(splits[name], index.sizes)
+    report = make_report(config, splits, ["image"]) | {"classes": len(classes)}
+    for name, index in indexes.items():
+        report["splits"][name] |= describe_objects(config, index, classes)
+    first, index = next(iter(indexes.items()))
+    sheet = preview(config, splits[first], index, classes)
+    return Checked(report, describe_left_out(indexes), sheet, [object_table(report, classes)])
 
 
 def open_object_splits(config: Config) -> tuple[dict[str, ObjectIndex], list[str]]:

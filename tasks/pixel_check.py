@@ -14,6 +14,8 @@ from data.build import open_pairs
 from data.coco import ObjectIndex
 from data.dataset import ImageDataset, Sample
 from data.decoding import build_decoding, decode, tensor_to_pil
+from data.files import describe_left_out
+from data.inspection import Checked, inspect, make_report
 from data.pair_layouts import find_pair_layout
 from data.pairs import LabelMaps, decode_labels
 from data.sampling import epoch_order
@@ -43,6 +45,22 @@ class ImagesAlone:
 
     def __getitem__(self, i: int) -> tuple[bytes, int]:
         return self.index.read(i), 0
+
+
+def check_pairs(config, workers: int) -> Checked:
+    """Check images with label maps in at most so many processes.
+
+    Raises:
+        UserError: something is missing or does not fit, or a process was killed.
+    """
+    indexes, classes = open_pair_splits(config)
+    images = {name: ImagesAlone(index) for name, index in indexes.items()}
+    splits = {name: inspect(index, build_decoding(config), workers, name) for name, index in images.items()}
+    report = make_report(config, splits, ["image"])
+    for name, index in indexes.items():
+        report["splits"][name] |= describe_pixels(count_pixels(config, index, classes, workers, name), classes)
+    sheet = preview(config, next(iter(indexes.values())), classes)
+    return Checked(report, describe_left_out(indexes), sheet, [pixel_table(report, classes)])
 
 
 def open_pair_splits(config) -> tuple[dict[str, LabelMaps], list[str]]:

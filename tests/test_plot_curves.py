@@ -25,6 +25,17 @@ def test_curves_of_a_run_with_gaps(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_of_a_detector(tmp_path):
+    events = [
+        {"event": "train", "epoch": 1, "step": 1, "lr": 0.1, "loss": 2.0},
+        {"event": "eval", "epoch": 1, "step": 1, "weights": "model", "box_ap": 10.0, "box_ap50": 20.0, "mask_ap": 9.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    done = plot(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def test_bad_folders(tmp_path):
     done = plot(tmp_path)
     assert done.returncode == 2
