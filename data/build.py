@@ -160,7 +160,7 @@ def open_objects(config, training: bool) -> tuple[ObjectIndex | None, ObjectInde
     indexes = open_coco(config, ["train", "val"] if training else ["val"])
     train, val = indexes.get("train"), indexes["val"]
     if train is not None:
-        check_masks(config, train)
+        check_masks(wants_masks(config), train)
         train = train if config.DATA.EMPTY_IMAGES else with_objects(train)
     return train, val, val.classes
 
@@ -191,12 +191,16 @@ def wants_masks(config) -> bool:
     return config.DATA.MASKS == "auto" and config.MODEL.HEAD in HEADS_WITH_MASKS
 
 
-def check_masks(config, train: ObjectIndex) -> None:
-    """Refuse training images of which only some objects have masks, where these are wanted."""
-    count = train.without_mask
-    if wants_masks(config) and 0 < count < train.counts.sum():
+def check_masks(wanted: bool, index: ObjectIndex) -> None:
+    """Refuse images of which only some objects have masks, where these are wanted.
+
+    Raises:
+        UserError: so it is.
+    """
+    count = index.without_mask
+    if wanted and 0 < count < index.counts.sum():
         raise UserError(
-            f"{train.annotation_file} has {count:,} objects without a segmentation among {train.counts.sum():,}; add "
+            f"{index.annotation_file} has {count:,} objects without a segmentation among {index.counts.sum():,}; add "
             "theirs, or train boxes alone: --opts DATA.MASKS none"
         )
 
@@ -234,8 +238,8 @@ def fingerprint(index: Index) -> str:
     if labels is not None:
         digest.update(np.ascontiguousarray(labels).data)
     if isinstance(index, ObjectIndex):  # of whose images no one class could be said
-        digest.update(index.image_ids.data)
-        digest.update(index.arrays["boxes"].data)
+        for _, array in sorted(index.arrays.items()):
+            digest.update(np.ascontiguousarray(array).data)
     return f"{len(index):,} images ({digest.hexdigest()})"
 
 

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from config import SETTINGS, settings_in
+from config import SETTINGS, build_config, flatten, settings_in
 from models.build import ARCHITECTURE
 from models.heads import AtImageSize, Detector, FixedDetector, Segmenter, largest_differences
 from tasks.trained import SAID_BESIDES, TrainedModel, build
 from utils import checkpoint
+from utils.checkpoint import SETTINGS_KEY
 from utils.errors import UserError
 from utils.files import writing
 from utils.settings import get
@@ -84,13 +85,18 @@ class Source(NamedTuple):
         """What belongs to the preparation too, but timm has no words for."""
         return {name: get(self.trained.config, key) for name, key in SAID_BESIDES.items()}
 
+    def settings(self) -> str:
+        """Those of the run but for its paths, as a checkpoint has them: anchors, say, are in no weight."""
+        kept = [(key, value, "") for key, value in flatten(self.trained.config).items() if not SETTINGS[key].path]
+        return build_config(flags=kept).dump()
+
     def metadata(self) -> dict[str, str]:
         """What travels with the weights, each as JSON."""
         model, classes = self.trained.config.MODEL, self.trained.classes
         arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
         described = dict(architecture=model.NAME, model_args=arguments, classes=classes)
         described |= {"head": model.HEAD} if self.segments or self.detects else {}
-        described |= self.preparation() | self.besides()
+        described |= self.preparation() | self.besides() | {SETTINGS_KEY: self.settings()}
         return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
 
 
@@ -230,6 +236,10 @@ def left_to_the_caller(source: Source) -> list[str]:
         lines.append(
             f"it takes one image of one size: evaluation brings images within {test.RESIZE[0]} x {test.RESIZE[1]} "
             f"pixels (bilinear) and pads right and bottom with 0 to multiples of {test.MULTIPLE}"
+        )
+        lines.append(
+            "boxes are in pixels of what it takes; it looks into the padding too: fill its size as far as you can, and "
+            "leave out what it finds there"
         )
         lines.append("low scores are not left out; masks are probabilities within the boxes, to be resized to them")
     if besides["views"] != "none":

@@ -26,12 +26,21 @@ Result = dict[str, Any]
 
 
 def read_truth(path: Path) -> COCO:
-    """Read the objects that there are; what COCO's own files have besides and others may leave out is filled in."""
+    """Read the objects that there are; what COCO's own files have besides and others may leave out is filled in.
+
+    Those of no width or height are left out, as of an index.
+    """
     content = json.loads(path.read_bytes())
+    content["annotations"] = [one for one in content["annotations"] if min(one["bbox"][2:]) > 0]
     for number, one in enumerate(content["annotations"], start=1):
+        left, top, width, height = one["bbox"]
         one["id"] = number  # an id of 0 counts as none
-        one.setdefault("iscrowd", 0)
-        one.setdefault("area", one["bbox"][2] * one["bbox"][3])
+        one["iscrowd"] = int(bool(one.get("iscrowd")))
+        if one.get("area") is None:
+            one["area"] = width * height
+        if not one.get("segmentation"):  # of a crowd, say, the whole box
+            right, bottom = left + width, top + height
+            one["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
     truth = COCO()
     truth.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):

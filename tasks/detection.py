@@ -13,6 +13,7 @@ from data.augmentation.objects import build_object_eval_transform, build_object_
 from data.build import (
     build_eval_loader,
     build_train_loader,
+    check_masks,
     check_num_classes,
     keep_in_memory,
     open_objects,
@@ -31,11 +32,12 @@ from tasks.object_album import ObjectAlbum
 from tasks.object_report import write_report
 from tasks.objects import Ask, find_objects, pad_together, unpack_masks
 from utils import checkpoint
-from utils.distributed import from_main, gathered, is_main
+from utils.distributed import from_main, gathered_on_main
 from utils.errors import UserError
 from utils.image_size import height_and_width
 
 CLASSES_WITHOUT_DATA = 80
+NO_MASKS = "{file} has no masks, so their average precision is not told"
 SYNTHETIC_OBJECTS = 8
 """In each image of a synthetic batch."""
 
@@ -72,9 +74,11 @@ class Detection:
         keep_in_memory(config, train, val)
         boxes_only = self.masks and not train.has_masks
         self.masks = self.masks and train.has_masks
+        check_masks(self.masks, val)
         sample = DecodeObjects(build_decoding(config), build_object_transform(config), self.masks)
         loader = build_train_loader(config, train, sample, None, self._stage(), orientations(config, train))
         described = f"{len(train):,} images with {int(train.counts.sum()):,} objects of {len(self.classes):,} classes"
+        described += f"; {NO_MASKS.format(file=val.annotation_file)}" if self.masks and not val.has_masks else ""
         described += f"; {train.annotation_file.name} has no masks, so boxes alone are learned" if boxes_only else ""
         return Loaders(loader, self._eval_loader(val), described)
 
@@ -87,7 +91,9 @@ class Detection:
         keep_in_memory(config, val)
         self.check(content, path)
         self.masks = self.masks and any("mask_predictor." in key for key in weights)
-        return self._eval_loader(val), []
+        check_masks(self.masks, val)
+        lines = [NO_MASKS.format(file=val.annotation_file)] if self.masks and not val.has_masks else []
+        return self._eval_loader(val), lines
 
     def _eval_loader(self, index: ObjectIndex) -> EvalLoader:
         self._val = index
@@ -139,7 +145,8 @@ class Detection:
     # ---- checkpoints
 
     def facts(self) -> dict[str, Any]:
-        return {"classes": self.classes}
+        ids = {} if self._val is None else {"category_ids": self._val.category_ids.tolist()}
+        return {"classes": self.classes, **ids}
 
     def check(self, content: dict[str, Any], path: str) -> None:
         trained_on = named_classes(content, None, path) or self.classes
@@ -176,16 +183,15 @@ class AveragePrecision:
         targets = cast(list[dict[str, Tensor]], batch.targets)
         for number, image, target in zip(batch.numbers.tolist(), batch.images, targets, strict=True):
             height, width = target["original_size"].tolist()
-            found = find_objects(model, image, (height, width), self.multiple)
+            found = find_objects(model, image, (height, width), self.multiple, masks="segm" in self.kinds)
             self.album.add(number, image, found)
-            masks = found.masks if "segm" in self.kinds else None
             image_id = int(target["image_id"])
-            self.found[image_id] = to_results(image_id, found._asdict(), self.category_ids, masks)
+            self.found[image_id] = to_results(image_id, found._asdict(), self.category_ids, found.masks)
 
     def result(self) -> dict[str, float]:
-        everyones = gathered(self.found)
+        everyones = gathered_on_main(self.found)
         result: dict[str, float] = {}
-        if is_main():
+        if everyones is not None:
             of_images = dict(sorted(pair for found in everyones for pair in found.items()))
             self.image_ids = [*of_images]
             self.all_found = [one for found in of_images.values() for one in found]

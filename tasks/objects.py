@@ -34,17 +34,24 @@ class Found(NamedTuple):
         return Found(*(None if part is None else part[keep] for part in self))  # type: ignore[arg-type]
 
 
-def find_objects(ask: Ask, image: Tensor, size: tuple[int, int], multiple: int) -> Found:
+def find_objects(
+    ask: Ask, image: Tensor, size: tuple[int, int], multiple: int, masks: bool = True, score: float = 0.0
+) -> Found:
     """Find the objects in an image ``(3, h, w)`` that was resized from ``size``, height and width.
 
     It is padded to a multiple of so many pixels and computed alone, so what it gets depends on no other image.
+
+    Args:
+        masks: give those that the detector finds, which take ``size`` bytes for each object.
+        score: leave out what has a lower one.
     """
     height, width = image.shape[1:]
     padded = F.pad(image, (0, -width % multiple, 0, -height % multiple))[None]
     (found,) = ask(padded.contiguous(memory_format=torch.channels_last), [(height, width)])
+    found = {name: part[found["scores"] >= score] for name, part in found.items()}
     boxes = found["boxes"] * found["boxes"].new_tensor([size[1] / width, size[0] / height] * 2)
-    masks = paste(found["masks"], boxes, *size) if "masks" in found else None
-    return Found(boxes, found["labels"], found["scores"], masks)
+    pasted = paste(found["masks"], boxes, *size) if masks and "masks" in found else None
+    return Found(boxes, found["labels"], found["scores"], pasted)
 
 
 def pad_together(images: list[Tensor], multiple: int) -> Tensor:

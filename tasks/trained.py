@@ -73,7 +73,7 @@ def load_trained(
     model = build(config, state_dict, path)
     loaded = load_weights(model, state_dict, path, allow_new_head=False)
     num_classes = model.num_classes
-    told = ("step", "epoch", "top1", "top5", "miou", "box_ap", "mask_ap", "loss", "images")
+    told = ("step", "epoch", "top1", "top5", "miou", "loss", "images", "category_ids")
     facts: dict[str, Any] = {key: known[key] for key in told if key in known}
     facts["weights"] = which
     model.to(device).to(memory_format=torch.channels_last).eval()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from make_coco import CLASSES
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.build import fingerprint
+from data.coco import find_coco_layout
+from data.index import open_index
 from engine import throughput
 from main import main
 from tasks.average_precision import evaluate_results, of_each_class, read_truth, to_results, twelve
@@ -197,6 +201,99 @@ def test_wrong_settings_are_named(objects, tmp_path, words, message):
     result = run(tmp_path, *RUN, *words, "--data-path", objects, ok=False)
     assert result.status == 2
     assert message in result.error
+
+
+def changed(root: Path, folder: Path, change) -> Path:
+    """A copy of a data set with other annotations to evaluate on."""
+    shutil.copytree(root, folder)
+    file = folder / "annotations/val.json"
+    content = json.loads(file.read_text())
+    change(content["annotations"])
+    file.write_text(json.dumps(content))
+    return folder
+
+
+ODD = {
+    "no area": lambda objects: objects[0].update(area=None),
+    "a crowd without a mask": lambda objects: objects[0].update(iscrowd=1, segmentation=None),
+    "a crowd with an empty mask": lambda objects: objects[0].update(iscrowd=1, segmentation=[]),
+    "a box of no width": lambda objects: objects[0].update(bbox=[1, 1, 0, 5], segmentation=None),
+    "fractions for truth": lambda objects: [one.update(iscrowd=bool(one["iscrowd"])) for one in objects],
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_annotations_are_evaluated(objects, tmp_path, what):
+    """What an index takes, the truth takes: found out after an epoch, an error would cost that epoch."""
+    data = changed(objects, tmp_path / "data", ODD[what])
+    index = open_index(find_coco_layout(data, "val"), "")
+    truth = read_truth(index.annotation_file)
+    results = [
+        {"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"], "score": 0.5}
+        | {"segmentation": truth.annToRLE(one)}
+        for one in truth.dataset["annotations"]
+        if not one["iscrowd"]
+    ]
+    for kind in ("bbox", "segm"):
+        done = evaluate_results(truth, results, index.image_ids.tolist(), kind)
+        assert twelve(done, kind)[f"{'box' if kind == 'bbox' else 'mask'}_ap"] == pytest.approx(100)
+
+
+def test_masks_for_some_objects_only_are_refused(trained, objects, tmp_path):
+    data = changed(objects, tmp_path / "data", lambda found: found[0].update(segmentation=None))
+    path = trained.results / "checkpoints/last.pth"
+    for words in ((), ("--eval", "--resume", path)):
+        result = run(tmp_path / "out", *RUN, "--data-path", data, *words, ok=False)
+        assert result.status == 2
+        assert "1 objects without a segmentation among" in result.error
+    none = changed(objects, tmp_path / "none", lambda found: [one.update(segmentation=None) for one in found])
+    result = run(tmp_path / "boxes", *RUN, "--data-path", none, "--eval", "--resume", path)
+    assert "val.json has no masks, so their average precision is not told" in result.stdout
+    assert "mask AP" not in result.stdout
+
+
+def test_data_that_differs_is_told_apart(objects, tmp_path):
+    """Ranks with other labels or masks of the same boxes must not train together."""
+    swap = {3: 7, 7: 3}
+    changes = [
+        lambda found: [one.update(category_id=swap[one["category_id"]]) for one in found],
+        lambda found: found[0].update(segmentation=[[1, 1, 9, 1, 9, 9]]),
+        lambda found: found[0].update(iscrowd=1),
+        lambda found: None,
+    ]
+    prints = []
+    for number, change in enumerate(changes):
+        data = changed(objects, tmp_path / str(number), change)
+        prints.append(fingerprint(open_index(find_coco_layout(data, "val"), "")))
+    assert len({*prints}) == len(changes)
+
+
+def test_an_export_of_weights_says_how_they_are_to_be_used(objects, tmp_path):
+    """Anchors and sizes of images are in no weight; what is found must be the same all the same."""
+    words = [
+        *RUN,
+        "MODEL.ANCHOR_SCALE",
+        "4",
+        "TRAIN.STEPS",
+        "1",
+        "TRAIN.WARMUP_STEPS",
+        "0",
+        "TRAIN.EVAL_EVERY_STEPS",
+        "1",
+    ]
+    path = run(tmp_path, *words, "--data-path", objects).results / "checkpoints/last.pth"
+    done = start(
+        "scripts/export.py", "--checkpoint", path, "--format", "safetensors", "--to", tmp_path / "x.safetensors"
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for file in (path, tmp_path / "x.safetensors"):
+        words = ("predict.py", "--checkpoint", file, objects / "images/val", "--score", "0", "--format", "json")
+        done = start(*words, "--weights", "model")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0] == found[1]
+    assert any(record["predictions"] for record in found[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The parts of detectors: anchors, boxes, masks; backbones of others; weights from files; answers of fixed sizes."""
 
+import itertools
+
 import pytest
 import timm
 import torch
@@ -67,8 +69,16 @@ def small_detector(head: str, backbone: str = "crossformer_micro", classes: int 
     return create_detector(head, backbone, classes, head_channels=32, **kwargs)
 
 
-@pytest.mark.parametrize("head", DETECTORS)
-@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "crossformerpp_small"])
+QUICK = [("resnet18", "mask_rcnn"), ("convnext_atto", "retinanet"), ("crossformerpp_small", "cascade_mask_rcnn")]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [
+        pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(["resnet18", "convnext_atto", "crossformerpp_small"], DETECTORS)
+    ],
+)
 def test_other_backbones(backbone, head):
     """Every parameter gets a gradient, for which DDP would wait, even where no image has an object."""
     model = small_detector(head, backbone)

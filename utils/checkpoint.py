@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,6 +37,8 @@ EMA_NAMES = (
 """Where trainers keep the weights in a file, and their moving average."""
 NOT_WEIGHTS = ("_extra_state", "decay", "n_averaged", "num_updates", "updates")
 """Ends of the names of what may stand among weights without being a tensor."""
+SETTINGS_KEY = "settings"
+"""What exports of ours have in their metadata: the settings of the run, as in a checkpoint."""
 LONGEST_KEY = 500
 
 
@@ -167,7 +170,7 @@ def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
         raise DamagedFile(f"{path} is not a file; expected a checkpoint (.pth)")
     try:
         if str(path).endswith(".safetensors"):
-            return load_file(path)
+            return _read_safetensors(path)
         with open(path, "rb") as file:
             if not file.read(4).startswith(MAGIC):
                 raise DamagedFile(f"{path} is damaged or not a checkpoint: it does not begin like one")
@@ -193,6 +196,17 @@ def read(path: str | Path, sealed: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedFile(f"{path} holds a {type(content).__name__}, not a checkpoint (a dict)")
     return content
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Any]:
+    """The weights alone; in an export of ours under ``model``, with the settings and classes beside them."""
+    with safe_open(path, "pt") as file:
+        said = file.metadata() or {}
+    weights = load_file(path)
+    if SETTINGS_KEY not in said:
+        return weights
+    names = {SETTINGS_KEY: "config", "classes": "classes", "category_ids": "category_ids"}
+    return {"model": weights} | {names[key]: json.loads(value) for key, value in said.items() if key in names}
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

@@ -137,6 +137,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def gathered_on_main(value: Any) -> list[Any] | None:
+    """Every rank's value on rank 0, in the order of the ranks; None on the others. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
 def broadcast_from_main(tensor: torch.Tensor) -> None:
     """Give the tensor rank 0's values (in place)."""
     if dist.is_initialized():

@@ -54,6 +54,10 @@ def _are_classes(value: Any) -> bool:
     )
 
 
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MOST_CLASSES and all(type(number) is int for number in value)
+
+
 def _are_sums(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(name, str) and isinstance(sums, Tensor) and sums.ndim == 1 and are_fractions(sums)
@@ -98,6 +102,7 @@ FIELDS = {
     "images": _whole(1, needed=True),
     "global_batch": _whole(1, needed=True, carried=True),
     "classes": Field("a list of names, none of them twice", _are_classes),
+    "category_ids": Field("a list of whole numbers, as many as classes", _are_ids),
     # What no file says yet
     "meters": Field("the sums of what the log has not told yet", _are_sums, carried=True),
     "skipped": Field("the counts of the steps that were skipped", _are_counts, carried=True),

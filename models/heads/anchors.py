@@ -48,8 +48,7 @@ class ExactAnchors(AnchorGenerator):
         first = feature_maps[0]
         self.set_cell_anchors(torch.promote_types(first.dtype, torch.float32), first.device)
         sizes = [list(each.shape[-2:]) for each in feature_maps]
-        apart = [[torch.tensor(stride, device=first.device)] * 2 for stride in self.strides]
-        anchors = torch.cat(self.grid_anchors(sizes, apart))
+        anchors = torch.cat(self.grid_anchors(sizes, [[stride, stride] for stride in self.strides]))
         return [anchors for _ in image_list.image_sizes]
 
 
@@ -69,7 +68,6 @@ class BestToEach(Matcher):
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
         """Change ``matches`` ``(N,)`` by what is best in ``match_quality_matrix`` ``(objects, N)``."""
         best = match_quality_matrix.amax(dim=1, keepdim=True)
-        is_best = (match_quality_matrix == best) & (best >= self.least) & (best > 0)
-        number = torch.arange(1, len(best) + 1, device=matches.device)[:, None]
-        taken = (is_best * number).amax(dim=0)  # of several objects the last
-        matches.copy_(torch.where(taken > 0, taken - 1, matches))
+        objects, places = torch.where((match_quality_matrix == best) & (best >= self.least) & (best > 0))
+        taken = torch.full_like(matches, -1).scatter_reduce(0, places, objects, "amax")  # of several objects the last
+        matches.copy_(torch.where(taken >= 0, taken, matches))

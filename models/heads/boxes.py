@@ -10,6 +10,8 @@ from torchvision.ops import roi_align
 
 from utils.distributed import sum_over_ranks, world_size
 
+MASKS_AT_ONCE = 32
+"""Whole masks are bytes; as fractions, which RoIAlign takes, so many are in memory."""
 SMALLEST_RATIO = 16 / 1000
 """Of a side to that of the box that it is predicted from; and the other way round the largest."""
 
@@ -26,9 +28,10 @@ class BoundedBoxCoder(BoxCoder):
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Give the boxes ``(N, 4 K)`` that differ from ``boxes`` ``(N, 4)`` by ``rel_codes`` ``(N, 4 K)``."""
-        each = rel_codes.unflatten(1, (-1, 4))
-        least = each.new_tensor([-math.inf] * 2 + [weight * math.log(SMALLEST_RATIO) for weight in self.weights[2:]])
-        return super().decode_single(torch.maximum(each, least).flatten(1), boxes)
+        *centre, width, height = rel_codes.unflatten(1, (-1, 4)).unbind(dim=-1)
+        least = [weight * math.log(SMALLEST_RATIO) for weight in self.weights[2:]]
+        bounded = torch.stack([*centre, width.clamp(min=least[0]), height.clamp(min=least[1])], dim=-1)
+        return super().decode_single(bounded.flatten(1), boxes)
 
 
 class AlignedRoIAlign(nn.Module):
@@ -91,6 +94,11 @@ def mean_over_ranks(count: Tensor) -> Tensor:
     return (sum_over_ranks(count.to(torch.float32, copy=True)) / world_size()).clamp(min=1)
 
 
+def length(x: Tensor) -> Tensor:
+    """Give the length of a tensor as one on its device, which is not waited for."""
+    return torch.full((), len(x), device=x.device)
+
+
 def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:
     """Cut each box's mask out at ``side x side``, 0 or 1, ``(N, side, side)``.
 
@@ -99,8 +107,13 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Te
         boxes: ``(N, 4)``.
         matched: ``(N,)`` int64, whose mask each box is to show.
     """
-    rois = torch.cat([matched[:, None].to(boxes), boxes], dim=1)
-    return (roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, aligned=True)[:, 0] >= 0.5).to(boxes.dtype)
+    targets = boxes.new_zeros(len(boxes), side, side)
+    for first in range(0, len(masks), MASKS_AT_ONCE):
+        some = masks[first : first + MASKS_AT_ONCE, None].to(boxes.dtype)
+        at = torch.where((matched >= first) & (matched < first + len(some)))[0]
+        rois = torch.cat([(matched[at, None] - first).to(boxes), boxes[at]], dim=1)
+        targets[at] = (roi_align(some, rois, side, 1.0, aligned=True)[:, 0] >= 0.5).to(boxes.dtype)
+    return targets
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
@@ -111,8 +124,8 @@ def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
         boxes: ``(N, 4)`` in pixels of the result.
     """
     result = torch.zeros(len(masks), height, width, dtype=torch.bool, device=masks.device)
-    for out, mask, box in zip(result, masks, boxes, strict=True):
-        left, top, right, bottom = box.tolist()
+    for out, mask, box, sides in zip(result, masks, boxes, boxes.tolist(), strict=True):
+        left, top, right, bottom = sides
         columns = slice(max(0, math.floor(left) - 1), max(0, min(width, math.ceil(right) + 1)))
         rows = slice(max(0, math.floor(top) - 1), max(0, min(height, math.ceil(bottom) + 1)))
         x = torch.arange(columns.start, columns.stop, device=masks.device, dtype=masks.dtype)

@@ -18,7 +18,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from .anchors import RATIOS, BestToEach, ExactAnchors
-from .boxes import AlignedRoIAlign, BoundedBoxCoder, full_precision, mask_targets, mean_over_ranks
+from .boxes import AlignedRoIAlign, BoundedBoxCoder, full_precision, length, mask_targets, mean_over_ranks
 
 ANCHOR_SCALE = 8.0
 """Side of a square anchor, in strides."""
@@ -206,7 +206,7 @@ def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor) -
         labels: ``(N,)`` int64, 0 for the background.
         wanted: ``(N, 4)``.
     """
-    by = mean_over_ranks(torch.tensor(len(labels), device=labels.device))
+    by = mean_over_ranks(length(labels))
     found = torch.where(labels > 0)[0]
     of_label = deltas.unflatten(1, (-1, 4))[found, labels[found]]
     return {
@@ -224,7 +224,7 @@ def mask_loss(logits: Tensor, boxes: list[Tensor], matched: list[Tensor], labels
         ]
     )
     of_label = logits[torch.arange(len(labels), device=labels.device), labels]
-    by = mean_over_ranks(torch.tensor(len(labels), device=labels.device)) * TARGET_SIDE**2
+    by = mean_over_ranks(length(labels)) * TARGET_SIDE**2
     return F.binary_cross_entropy_with_logits(of_label, wanted.to(of_label), reduction="sum") / by
 
 
