@@ -217,8 +217,10 @@ def test_which_place_finds_what(variant, head):
         torch.testing.assert_close(right, measured[f"{name}positive_targets{i}"], rtol=0, atol=1e-5)
 
 
-def in_order(boxes: Tensor) -> Tensor:
-    return boxes[np.lexsort(boxes.numpy().T)]
+def same_boxes(boxes: Tensor, others: Tensor) -> None:
+    """In any order: two of equal scores may have changed places."""
+    apart = (boxes[:, None] - others).abs().amax(dim=2)
+    assert max(apart.amin(0).max(), apart.amin(1).max()) < 1e-3
 
 
 @torch.no_grad()
@@ -231,7 +233,7 @@ def test_what_is_drawn_of_proposals(variant):
     targets = [{**each, "boxes": each["boxes"].float(), "labels": each["labels"] + 1} for each in truth("mask_rcnn")]
     proposals, _ = model.rpn(batch(x), features, targets)
     for i, each in enumerate(proposals):
-        torch.testing.assert_close(in_order(each), in_order(measured[f"train_proposals{i}"][:, :4]), rtol=0, atol=1e-3)
+        same_boxes(each, measured[f"train_proposals{i}"][:, :4])
     boxes, matched, labels, deltas = heads.select_training_samples(proposals, targets)
     counts = told["float64"]["train_roi_counts"]
     first, wrong_bits = 0, 0
