@@ -56,7 +56,7 @@ class Data(Section):
         choices=("error", "skip"), on_resume=FREE)
     UPRIGHT: bool = setting(
         False, "Turn and mirror images as their EXIF orientation asks for; False leaves them as they are, as published",
-        task=CLASSES)
+        task=(CLASSES, OBJECTS))
     MAX_PIXELS: int = setting(
         178_956_970, "An image with more pixels than this counts as bad, lest one file take all of the memory",
         at_least=1, on_resume=FREE)
@@ -252,8 +252,10 @@ class Aug(Section):
         [2048, 512], "Longest and shortest side that an image is brought within before the crop",
         length=2, at_least=1, task=DENSE)
     RESIZE_RATIO: list[float] = setting(
-        [0.5, 2.0], "What RESIZE is multiplied by, from and to; of detection [1, 1] does not crop to IMG_SIZE",
-        length=2, task=DENSE)
+        [0.5, 2.0], "What RESIZE is multiplied by, from and to", length=2, task=DENSE)
+    CROP: bool = setting(
+        False, "Cut a random part of DATA.IMG_SIZE out of the resized image (large-scale jitter), its longer side "
+        "along the image's", task=OBJECTS)
     MOST_OF_ONE_CLASS: float = setting(
         0.75, "A crop of which one class has a larger share is drawn again; 1 takes any",
         above=0, at_most=1, task=PIXELS)

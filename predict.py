@@ -30,9 +30,11 @@ from data.augmentation import DeviceStage, Plan, build_eval_transform
 from data.decoding import build_decoding, decode, read_file, tensor_to_pil
 from data.files import check_is_file, describe_kinds
 from data.files import find_images as images_below
+from engine.detect import KEYS as KEYS_OF_OBJECTS
 from engine.detect import detect
 from engine.model import check_image_size
 from engine.precision import choose_precision
+from engine.segment import KEYS as KEYS_OF_PIXELS
 from engine.segment import segment
 from tasks.classification import build_views, mean_of_probabilities
 from tasks.trained import TrainedModel, load_trained
@@ -44,6 +46,7 @@ from utils.names import harmless, printable
 from utils.surroundings import a_path, expanded
 
 KEYS = ("class_index", "class", "probability")
+COLUMNS = {CLASSES: KEYS, PIXELS: KEYS_OF_PIXELS, OBJECTS: KEYS_OF_OBJECTS}
 ON_SHEET = 60
 REMEDY = "choose another place"
 
@@ -113,7 +116,7 @@ def named_part(prediction: dict[str, Any]) -> tuple[str, float]:
     return name, part
 
 
-def show(records: list[dict], form: str, out: TextIO) -> None:
+def show(records: list[dict], task: str, form: str, out: TextIO) -> None:
     """Write them; a table is fitted to the width of a terminal, and elsewhere has tabs between its cells."""
     sound = [(record["file"], record["predictions"]) for record in records if "predictions" in record]
     table = Table("file", "class", "other classes", box=None, padding=(0, 2, 0, 0))
@@ -121,7 +124,7 @@ def show(records: list[dict], form: str, out: TextIO) -> None:
         print(json.dumps(records, indent=1, ensure_ascii=False), file=out)
     elif form == "csv":
         lines = csv.writer(out, lineterminator="\n")
-        lines.writerow(["file", "rank", *next((one for _, named in sound for one in named), KEYS)])
+        lines.writerow(["file", "rank", *COLUMNS[task]])
         for file, named in sound:
             lines.writerows([*map(harmless, (file, rank, *p.values()))] for rank, p in enumerate(named, start=1))
     else:
@@ -196,16 +199,16 @@ def predict_images(arguments: list[str]) -> int:
         raise UserError("--image-size is for classification; TEST.RESIZE of its training says how others see an image")
     check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
     if task == OBJECTS:
-        answers = detect(trained, paths, device, given.score, given.overlay)
+        answers = detect(trained, paths, device, given.score, given.overlay, ON_SHEET if given.sheet else 0)
     elif task == PIXELS:
         answers = segment(trained, paths, device, given.top, given.overlay)
     else:
         answers = predict(trained, paths, given)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)
-        if image is None:
+        if "error" in record:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
-        elif given.sheet and len(drawn) < ON_SHEET:
+        elif given.sheet and image and len(drawn) < ON_SHEET:
             drawn.append(Card(record["file"], image, [*map(named_part, record["predictions"])]))
     if left_out:
         screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
@@ -216,7 +219,7 @@ def predict_images(arguments: list[str]) -> int:
             write_whole(given.sheet, draw_cards(drawn, f"{name}, {len(drawn)} images{more}"))
     cast(io.TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8", errors="backslashreplace")
     out: Any = io.StringIO() if given.to else sys.stdout
-    show(records, given.format, out)
+    show(records, task, given.format, out)
     if given.to:
         with writing(given.to, REMEDY):
             write_whole(given.to, out.getvalue().encode("utf-8", "backslashreplace"))

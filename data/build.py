@@ -155,10 +155,12 @@ def open_objects(config, training: bool) -> tuple[ObjectIndex | None, ObjectInde
         the index of the images to train on (None unless ``training``), that of the validation images, and the classes.
 
     Raises:
-        UserError: something is missing, damaged or empty, or the splits have other classes.
+        UserError: something is missing, damaged or empty, has no object, or the splits have other classes.
     """
     indexes = open_coco(config, ["train", "val"] if training else ["val"])
     train, val = indexes.get("train"), indexes["val"]
+    if not val.counts.any():
+        raise UserError(f"{val.annotation_file} has no objects but crowds; label some, to evaluate with")
     if train is not None:
         check_masks(wants_masks(config), train)
         train = train if config.DATA.EMPTY_IMAGES else with_objects(train)

@@ -22,9 +22,12 @@ ANNOTATIONS = (
 )  # fmt: skip
 FOLDERS = "{split}2017", "images/{split}2017", "images/{split}", "{split}", "images", ""
 """Below which an image's file_name is looked for; the last is the data set's own."""
+BESIDE = "_annotations.coco.json"
+"""Annotations that lie beside their images in the folder of a split, as Roboflow exports them."""
+SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid")}
 EXPECTED = (
     "annotations/instances_{split}2017.json with {split}2017, or annotations/{split}.json (or {split}.json) with "
-    "images/{split}, {split} or images"
+    "images/{split}, {split} or images, or {split}/_annotations.coco.json beside the images"
 )
 
 
@@ -184,7 +187,8 @@ class CocoLayout(Layout):
     def scan(self) -> Scan:
         file = AnnotationFile(self.archives[0])
         categories, images = file.categories(), file.images()
-        folders = [self.root / folder.format(split=self.split) for folder in FOLDERS]
+        beside, folders = file.path.name == BESIDE, [self.root / folder.format(split=self.split) for folder in FOLDERS]
+        folders = [file.path.parent] if beside else folders
         names = [os.fsencode(name) for name in self._paths(images, folders, file)]
         objects, left_out = file.objects(images, categories)
         arrays: dict[str, np.ndarray] = {
@@ -197,7 +201,8 @@ class CocoLayout(Layout):
             **objects,
         }
         archives = [os.path.relpath(file.path, self.root)]
-        return Scan([c.name for c in categories], arrays, archives, [file.path, *folders[:-1]], dict(left_out))
+        watched = [file.path, *(folder for folder in folders if folder != self.root)]
+        return Scan([c.name for c in categories], arrays, archives, watched, dict(left_out))
 
     def _paths(self, images: Images, folders: list[Path], file: AnnotationFile) -> list[str]:
         """Find the files of images, relative to the root."""
@@ -220,8 +225,9 @@ def _find(folders: list[Path], name: str) -> Path | None:
 
 def find_coco_layout(root: Path, split: str) -> CocoLayout | None:
     """Find the annotations of ``split`` (train or val) in ``root``; None where there are none."""
-    for pattern in ANNOTATIONS:
-        path = root / pattern.format(split=split)
+    known = [pattern.format(split=split) for pattern in ANNOTATIONS]
+    known += [f"{folder}/{BESIDE}" for folder in SPLIT_FOLDERS[split]]
+    for path in (root / name for name in known):
         if path.is_file():
             return CocoLayout(root, split, path)
     return None

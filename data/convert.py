@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import yaml
 
 from data.coco_json import shown
-from data.decoding import open_picture, read_file
+from data.decoding import open_picture, orientation_of, read_file
 from data.files import find_images
 from utils.errors import UserError
 from utils.files import reason_of
@@ -19,9 +19,12 @@ from utils.files import reason_of
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
 """What YOLO's folders of the parts may be called."""
 SHARE = 0.2
+SIDEWAYS = 5
+"""From this orientation of EXIF's on, height and width change places."""
 EXPECTED = (
     "Annotations/*.xml with JPEGImages and perhaps ImageSets/Main/{train,val}.txt (Pascal VOC), images beside xml "
-    "files of the same names, or labels/{train,val}/*.txt with images/{train,val} and data.yaml or classes.txt (YOLO)"
+    "files of the same names, or labels/{train,val}/*.txt with images/{train,val}, or {train,val}/labels/*.txt with "
+    "{train,val}/images, and data.yaml or classes.txt (YOLO)"
 )
 
 
@@ -35,12 +38,20 @@ class Thing(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """An image with objects; its ``name`` is that of its file, relative to the source."""
+    """An image with objects.
+
+    Attributes:
+        name: of its file, relative to the source.
+        height, width: of the image as its labels see it.
+        things: the objects.
+        turned: whether EXIF turns it, and the labels are of the upright image.
+    """
 
     name: str
     height: int
     width: int
     things: list[Thing]
+    turned: bool
 
 
 class Source(NamedTuple):
@@ -55,6 +66,11 @@ class Source(NamedTuple):
     splits: dict[str, list[Labelled]]
     classes: list[str]
     left_out: Counter[str]
+
+    @property
+    def turned(self) -> int:
+        """How many images' labels are right only where EXIF turns the image."""
+        return sum(image.turned for images in self.splits.values() for image in images)
 
 
 def read_source(root: Path, val_share: float | None = None) -> Source:
@@ -130,15 +146,19 @@ def refuse_share(val_share: float | None, where: Path) -> None:
         raise UserError(f"--val-share is for data without parts, and {where} has some; leave it out")
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Read height and width of an image.
+def upright_size(path: Path) -> tuple[int, int, int]:
+    """Read height and width of an image as people see it, and the orientation of EXIF that makes it so, 1 to 8.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
         with open_picture(read_file(path)) as picture:
-            return picture.height, picture.width
+            if picture.format != "JPEG":
+                picture.load()  # a PNG's orientation may stand behind the pixels, and a TIFF has turned itself then
+            orientation = orientation_of(picture)
+            sides = picture.height, picture.width
+            return *(sides if orientation < SIDEWAYS else sides[::-1]), orientation
     except Exception as error:  # decoders fail in arbitrary ways on arbitrary bytes
         raise UserError(f"image {path} cannot be read: {reason_of(error)}; mend or remove it") from error
 
@@ -195,9 +215,10 @@ def listed(path: Path, found: dict[str, Labelled]) -> list[Labelled]:
 
 
 def read_xml(path: Path, root: Path, image: str) -> Labelled:
-    """Read the objects of an image; those that are called difficult do not count.
+    """Read the objects of an image, whose size is the upright or the unturned one, as the file says.
 
-    VOC's corners are the numbers of the first and last pixels, from 1 on: (1, 1, w, h) is the whole image.
+    Those that are called difficult do not count. VOC's corners are the numbers of the first and last pixels, from 1
+    on: (1, 1, w, h) is the whole image.
 
     Raises:
         UserError: the file is damaged, or of an image of another size.
@@ -206,13 +227,17 @@ def read_xml(path: Path, root: Path, image: str) -> Labelled:
         tree = ElementTree.fromstring(path.read_bytes())
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise UserError(f"{path} cannot be read as xml: {reason_of(error)}; export it again") from error
-    height, width = size_of(root / image)
+    height, width, orientation = upright_size(root / image)
     said = [number_in(tree, f"size/{side}", path) if tree.find(f"size/{side}") is not None else 0 for side in SIDES]
+    unturned = orientation >= SIDEWAYS and height != width and said == [width, height]
+    if unturned:
+        height, width = width, height
     if all(said) and said != [height, width]:
         raise UserError(
             f"{path} is of an image of {said[0]:g} x {said[1]:g}, {image} is {height} x {width}; label it anew"
         )
-    return Labelled(image, height, width, [thing_in(one, path, height, width) for one in tree.iter("object")])
+    things = [thing_in(one, path, height, width) for one in tree.iter("object")]
+    return Labelled(image, height, width, things, orientation > 1 and not unturned)
 
 
 SIDES = "height", "width"
@@ -256,33 +281,49 @@ def clipped(
 
 
 def is_yolo(root: Path) -> bool:
-    return (root / "labels").is_dir() and (root / "images").is_dir()
+    return ((root / "labels").is_dir() and (root / "images").is_dir()) or any(yolo_parts(root).values())
+
+
+def yolo_parts(root: Path) -> dict[str, tuple[str, str] | None]:
+    """Find the folders of each part's images and labels; None where there are none."""
+    parts: dict[str, tuple[str, str] | None] = {}
+    for split, names in SPLITS.items():
+        known = [(f"images/{n}", f"labels/{n}") for n in names] + [(f"{n}/images", f"{n}/labels") for n in names]
+        parts[split] = next((pair for pair in known if (root / pair[0]).is_dir() and (root / pair[1]).is_dir()), None)
+    return parts
 
 
 def read_yolo(root: Path, val_share: float | None) -> Source:
     """Read YOLO's text files; an image without one has no objects."""
     classes, left_out = yolo_classes(root), Counter[str]()
-    folders = {split: next((n for n in names if (root / "images" / n).is_dir()), "") for split, names in SPLITS.items()}
+    folders = yolo_parts(root)
     if not any(folders.values()):
-        return Source(divided([*yolo_images(root, "", classes, left_out)], val_share), classes, left_out)
-    for split, folder in folders.items():
-        if not folder:
-            raise UserError(f"{root / 'images'} has no folder {split}; add one, with its labels in labels/{split}")
-    refuse_share(val_share, root / "images")
-    parts = {split: [*yolo_images(root, folder, classes, left_out)] for split, folder in folders.items()}
+        return Source(
+            divided([*yolo_images(root, ("images", "labels"), classes, left_out)], val_share), classes, left_out
+        )
+    parts: dict[str, list[Labelled]] = {}
+    for split, pair in folders.items():
+        if pair is None:
+            raise UserError(
+                f"{root} has no images with labels for {split}; add images/{split} and labels/{split}, or "
+                f"{split}/images and {split}/labels"
+            )
+        parts[split] = [*yolo_images(root, pair, classes, left_out)]
+    refuse_share(val_share, root)
     return Source(parts, classes, left_out)
 
 
-def yolo_images(root: Path, folder: str, classes: list[str], left_out: Counter[str]) -> Iterator[Labelled]:
-    images, labels = by_stem(root / "images" / folder, root), root / "labels" / folder
+def yolo_images(root: Path, folders: tuple[str, str], classes: list[str], left_out: Counter[str]) -> Iterator[Labelled]:
+    images, labels = by_stem(root / folders[0], root), root / folders[1]
     files = {str(path.relative_to(labels).with_suffix("")): path for path in sorted(labels.rglob("*.txt"))}
     if orphans := len(files.keys() - images.keys() - {"classes"}):
         left_out["labels without an image"] += orphans
     for stem, name in images.items():
-        height, width = size_of(root / name)
+        height, width, orientation = upright_size(root / name)
         lines = text_of(files[stem]).splitlines() if stem in files else []
         numbered = [(f"{files[stem]}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
-        yield Labelled(name, height, width, [yolo_thing(line, classes, height, width, at) for at, line in numbered])
+        things = [yolo_thing(line, classes, height, width, at) for at, line in numbered]
+        yield Labelled(name, height, width, things, orientation > 1)
 
 
 def yolo_thing(line: str, classes: list[str], height: int, width: int, at: str) -> Thing:

@@ -77,5 +77,15 @@ def decode_checked(raw: tuple[bytes, Objects], decoding: Decoding, look: bool) -
     pixels, orientation = decode_with_orientation(raw[0], decoding, look)
     if pixels.shape[1:] != raw[1].size:
         height, width = raw[1].size
-        raise BadImage(f"it is {pixels.shape[1]} x {pixels.shape[2]}, its annotations say {height} x {width}")
+        there = f"it is {pixels.shape[1]} x {pixels.shape[2]}, its annotations say {height} x {width}"
+        raise BadImage(there + remedy_of_turning(raw, decoding, (pixels.shape[1], pixels.shape[2])))
     return pixels, orientation
+
+
+def remedy_of_turning(raw: tuple[bytes, Objects], decoding: Decoding, size: tuple[int, int]) -> str:
+    """Name the setting with which an image of another size fits its annotations; empty where none does."""
+    other = decoding._replace(upright=not decoding.upright)
+    if size[::-1] != raw[1].size or decode_with_orientation(raw[0], other, False)[0].shape[1:] != raw[1].size:
+        return ""
+    seen = "upright" if other.upright else "unturned"
+    return f"; EXIF turns it, and they are of it {seen}: set DATA.UPRIGHT {other.upright}"

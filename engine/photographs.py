@@ -1,6 +1,7 @@
 """Image files read ahead of what is made of them, and pictures written."""
 
 import io
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.decoding import Decoding, decode, read_file
+from utils.errors import UserError
 from utils.files import write_whole, writing
 
 AHEAD = 2
@@ -30,6 +32,21 @@ def read_images(paths: list[Path], decoding: Decoding) -> Iterator[tuple[Path, T
             image = waiting.pop(0).result()
             waiting += [pool.submit(read, following) for following in paths[number + AHEAD : number + AHEAD + 1]]
             yield path, image
+
+
+def names_below(paths: list[Path]) -> list[Path]:
+    """Give the paths of files below their common folder."""
+    above = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    return [path.absolute().relative_to(above) for path in paths]
+
+
+def check_pictures(paths: list[Path]) -> None:
+    """Refuse files that differ in their type only, of which one's PNG would take the place of the other's."""
+    of_pictures: dict[Path, Path] = {}
+    for path, name in zip(paths, names_below(paths), strict=True):
+        other = of_pictures.setdefault(name.with_suffix(".png"), path)
+        if other.absolute() != path.absolute():
+            raise UserError(f"{other} and {path} would both be drawn as {name.with_suffix('.png')}; rename one of them")
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -19,6 +19,8 @@ from utils.files import write_whole, writing
 from utils.names import printable
 from utils.surroundings import a_path
 
+UPRIGHT = "--opts DATA.UPRIGHT True"
+
 
 def parse(arguments: list[str]) -> Namespace:
     parser = Parser(prog="scripts/voc_to_coco.py", description=__doc__, allow_abbrev=False)
@@ -48,6 +50,8 @@ def convert(arguments: list[str]) -> None:
     print(printable(f"{len(source.classes):,} classes: {', '.join(source.classes)}"))
     if source.left_out:
         print(f"left out: {describe_kinds(source.left_out)}")
+    if source.turned:
+        print(f"EXIF turns {source.turned:,} images, whose labels are of the upright ones: train with {UPRIGHT}")
 
 
 main = partial(run_command, convert)

@@ -106,12 +106,20 @@ def count_errors(objects: Objects, found: Found) -> tuple[int, int]:
     boxes, labels = torch.from_numpy(objects.boxes), torch.from_numpy(objects.labels)
     there = torch.from_numpy(~objects.crowd)
     overlap = box_iou(found.boxes.float().cpu(), boxes) * (found.labels.cpu()[:, None] == labels)
+    excused = on_crowd(found.boxes.float().cpu(), found.labels.cpu(), objects)
     left, false = there.clone(), 0
-    for row in overlap:  # the highest score first, and each object counts as found once
+    for row, is_excused in zip(overlap, excused.tolist(), strict=True):  # the highest score first, each object once
         candidates = torch.where(left, row, torch.zeros(()))
         best = int(candidates.argmax()) if len(candidates) else 0
         if len(candidates) and candidates[best] >= OVERLAP:
             left[best] = False
-        elif not (row[~there] > 0).any():
+        elif not is_excused:
             false += 1
     return int(left.sum()), false
+
+
+def on_crowd(boxes: Tensor, labels: Tensor, objects: Objects) -> Tensor:
+    """Tell which boxes ``(n, 4)`` of classes ``(n,)`` touch a crowd of their class, so are no false alarms; bool."""
+    crowd = objects.crowd
+    touching = box_iou(boxes, torch.from_numpy(objects.boxes[crowd])) > 0
+    return (touching & (labels[:, None] == torch.from_numpy(objects.labels[crowd]))).any(dim=1)

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from data.coco import ObjectIndex
 from tasks.average_precision import KINDS, Result, evaluate_results, of_each_class, read_truth
-from tasks.object_album import CELL, COLUMNS, OVERLAP, SURE, ObjectAlbum
+from tasks.object_album import CELL, COLUMNS, OVERLAP, SURE, ObjectAlbum, on_crowd
 from tasks.report import LOWEST_NAMED, shortened, write_csv
 from utils.contact_sheet import draw_rows
 from utils.distributed import from_main, is_main
@@ -100,6 +100,7 @@ def confusion(index: ObjectIndex, found: list[Result], image_ids: set[int], cate
     """Count what is taken for what, rows true classes, the last row and column nothing, ``(1 + classes,) * 2``.
 
     A box with a score of at least SURE is compared with the object that it overlaps with the most, by OVERLAP or more.
+    What is found on a crowd and is no such object does not count.
     """
     place = {category: i for i, category in enumerate(category_ids)}
     nothing = len(category_ids)
@@ -118,13 +119,16 @@ def confusion(index: ObjectIndex, found: list[Result], image_ids: set[int], cate
         boxes = torch.tensor([one["bbox"] for one in answers]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         overlaps = box_iou(boxes, torch.from_numpy(objects.boxes[there])).numpy()
-        for one, overlap in zip(answers, overlaps, strict=True):
+        told = np.array([place[one["category_id"]] for one in answers], np.int64)
+        excused = on_crowd(boxes, torch.from_numpy(told), objects).tolist()
+        for label, overlap, is_excused in zip(told, overlaps, excused, strict=True):
             free = np.where(seen, 0, overlap)
             best = int(free.argmax()) if len(free) else -1
             hit = best >= 0 and free[best] >= OVERLAP
-            matrix[labels[best] if hit else nothing, place[one["category_id"]]] += 1
             if hit:
                 seen[best] = True
+            if hit or not is_excused:
+                matrix[labels[best] if hit else nothing, label] += 1
         np.add.at(matrix, (labels[~seen], nothing), 1)
     return matrix
 

@@ -112,6 +112,18 @@ def test_layouts(coco, tmp_path, annotations, folder):
     assert [len(index) for index in opened(tmp_path)[:2]] == [11, 7]
 
 
+@pytest.mark.parametrize("val", ["val", "valid"])
+def test_annotations_beside_the_images_of_a_split(coco, tmp_path, val):
+    for split, folder in (("train", "train"), ("val", val)):
+        shutil.copytree(coco / "images" / split, tmp_path / folder)
+        shutil.copy(coco / f"annotations/{split}.json", tmp_path / folder / "_annotations.coco.json")
+    train, there, _ = opened(tmp_path)
+    assert (len(train), there.name(0)) == (11, str(tmp_path / val / "1000.png"))
+    (tmp_path / val / "1001.png").unlink()
+    with pytest.raises(UserError, match=f"image '1001.png' cannot be found in {tmp_path / val}; copy it there"):
+        opened(tmp_path)
+
+
 def test_a_file_that_has_changed_is_read_again(coco, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(coco, root, ignore=shutil.ignore_patterns(".index*"))
@@ -287,13 +299,14 @@ def test_boxes_without_masks(data):
     assert not opened(data)[0].has_masks
 
 
-def test_only_crowds(data):
-    path = data / "annotations/train.json"
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_only_crowds(data, split):
+    path = data / f"annotations/{split}.json"
     content = json.loads(path.read_text())
     for one in content["annotations"]:
         one["iscrowd"] = 1
     path.write_text(json.dumps(content))
-    assert "has no objects but crowds" in error_of(data)
+    assert f"{split}.json has no objects but crowds; label some" in error_of(data)
 
 
 @pytest.mark.parametrize("counts", [b"", b"o", b"\xff", b"ooooooooooo0", b"/0"])

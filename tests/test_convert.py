@@ -12,6 +12,7 @@ from PIL import Image
 from config import build_config
 from data.build import open_objects
 from data.convert import as_coco, in_val, read_source
+from data.decoding import ORIENTATION
 from utils.errors import UserError
 
 XML = (
@@ -58,7 +59,8 @@ def yolo(root: Path) -> Path:
 
 
 def opened(root: Path):
-    return open_objects(build_config(opts=["TASK", "detection", "DATA.DATA_PATH", str(root)]), training=True)
+    opts = ["TASK", "detection", "DATA.DATA_PATH", str(root), "DATA.MASKS", "none"]
+    return open_objects(build_config(opts=opts), training=True)
 
 
 def convert(root: Path, *flags: str):
@@ -117,6 +119,50 @@ def test_yolo(tmp_path, val, names):
     assert np.allclose([box["area"], outline["area"]], [400, 200])
 
 
+@pytest.mark.parametrize("val", ["val", "valid"])
+def test_yolo_with_images_and_labels_in_each_part(tmp_path, val):
+    for split, folder in (("train", "train"), ("val", val)):
+        for kind in ("images", "labels"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (yolo(tmp_path / "other") / kind / split).rename(tmp_path / folder / kind)
+            shutil.rmtree(tmp_path / "other")
+    text(tmp_path / "data.yaml", "names: [ant, cat]")
+    assert convert(tmp_path).returncode == 0
+    train, there, _ = opened(tmp_path)
+    assert [train.name(0), there.name(0)] == [str(tmp_path / part / "images/a.png") for part in ("train", val)]
+
+
+def sideways(path: Path) -> None:
+    """A picture of 20 x 30 pixels, which people see as 30 x 20."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "tiff"])
+def test_yolo_of_images_that_exif_turns(tmp_path, form):
+    """A TIFF turns itself, whatever DATA.UPRIGHT says."""
+    (yolo(tmp_path) / "images/train/a.png").unlink()
+    sideways(tmp_path / f"images/train/a.{form}")
+    done = convert(tmp_path)
+    line = "EXIF turns 1 images, whose labels are of the upright ones: train with --opts DATA.UPRIGHT True"
+    assert (line in done.stdout) == (form != "tiff")
+    train, *_ = opened(tmp_path)
+    assert train.objects(0).size == (30, 20)
+    assert np.allclose(train.objects(0).boxes[0], [8, 9, 12, 21])
+
+
+@pytest.mark.parametrize(("size", "turned"), [((20, 30), 1), ((30, 20), 0)])
+def test_voc_of_images_that_exif_turns(tmp_path, size, turned):
+    """The xml says which of the two sizes it has seen."""
+    sideways(voc(tmp_path) / "JPEGImages/a.png")
+    text(tmp_path / "Annotations/a.xml", XML.format(w=size[0], h=size[1]))
+    source = read_source(tmp_path)
+    assert source.turned == turned
+    (image,) = [image for image in source.splits["train"] if image.name == "JPEGImages/a.png"]
+    assert (image.width, image.height) == size
+
+
 def test_yolo_without_parts(tmp_path):
     for i in range(20):
         picture(tmp_path / "images" / f"{i}.png")
@@ -151,7 +197,8 @@ MISTAKES = {
     "data.yaml has no list of names": (yolo, lambda r: text(r / "data.yaml", "names: 3")),
     "data.yaml is not YAML": (yolo, lambda r: text(r / "data.yaml", "names: [")),
     "data.yaml has a class twice": (yolo, lambda r: text(r / "data.yaml", "names: [a, a]")),
-    "has no folder val; add one": (yolo, lambda r: (r / "images/val").rename(r / "images/other")),
+    "has no images with labels for val; add images/val and labels/val": (
+        yolo, lambda r: (r / "images/val").rename(r / "images/other")),
     "has no objects for val": (yolo, lambda r: (r / "labels/val/a.txt").unlink()),
 }  # fmt: skip
 

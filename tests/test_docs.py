@@ -11,7 +11,9 @@ import timm
 import torch
 from commands import start
 from conftest import ROOT, write_digits
+from make_coco import write_coco
 from make_pairs import write_pairs
+from test_convert import voc as write_voc
 
 import main
 import predict
@@ -29,6 +31,9 @@ LESS_PIXELS = (
     "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[128, 64]", "TEST.RESIZE", "[128, 64]",
 )  # fmt: skip
 """The same for segmentation."""
+LESS_OBJECTS = (*LESS_PIXELS, "MODEL.HEAD_CHANNELS", "16", "AUG.RESIZE", "[96, 64]", "TEST.RESIZE", "[96, 64]")
+"""And for detection."""
+OF_DETECTION = re.compile(r"detection/|mask_rcnn|retinanet")
 
 STAND_INS = {"swin_tiny_patch4_window7_224": "resnet10t", "default": "none", "WORD": "resume"}
 """For a model and a mode of torch.compile that would take minutes, and for what the reader puts in."""
@@ -73,6 +78,9 @@ def place(tmp_path_factory) -> Path:
     write_pairs(root / "ade20k")
     write_pairs(root / "camvid", void=11)
     write_pairs(root / "nuclei")
+    for name in ("nuclei_objects", "my_objects", "coco"):
+        write_coco(root / name)
+    write_voc(root / "my_voc")
     (root / "my.yaml").write_text("BASE: configs/base.yaml\nTRAIN:\n  EMA_DECAY: 0.9999\n")
     for name in ("crossformer-s.pth", "crossformer-b.pth"):
         torch.save({"model": timm.create_model("crossformer_micro", num_classes=10).state_dict()}, root / name)
@@ -83,6 +91,8 @@ def place(tmp_path_factory) -> Path:
     (root / "output" / "crossformer_small").symlink_to(root / "output" / "crossformer_micro")
     arguments = ["--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--data-path", str(root / "nuclei")]
     assert main.main([*arguments, "--output", str(root / "output"), "--tag", "nuclei", "--opts", *LESS_PIXELS]) == 0
+    arguments = ["--cfg", "examples/nuclei/mask_rcnn.yaml", "--data-path", str(root / "nuclei_objects")]
+    assert main.main([*arguments, "--output", str(root / "output"), "--tag", "nuclei", "--opts", *LESS_OBJECTS]) == 0
     return root
 
 
@@ -97,7 +107,9 @@ def in_place(words: list[str], place: Path) -> list[str]:
     """The words, with what stands in for what the reader has."""
     absolute = {"/imagenet": "imagenet", "/imagenet_v2": "imagenet_v2", "/imagenet_a": "imagenet_a"}
     absolute |= {"/ade20k": "ade20k", "/shards_ade20k": "shards_ade20k", "my_data": "my_data", "/camvid": "camvid"}
-    absolute |= {f"examples/nuclei{below}": f"nuclei{below}" for below in ("", "/images/val")}
+    nuclei = "nuclei_objects" if any(map(OF_DETECTION.search, words)) else "nuclei"
+    absolute |= {f"examples/nuclei{below}": f"{nuclei}{below}" for below in ("", "/images/val")}
+    absolute |= {"/coco": "coco"}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
     words = [str(place / absolute[word]) if word in absolute else word for word in words]
@@ -115,6 +127,7 @@ def test_commands_of_main(place, tmp_path, command):
         return  # what is on a hub cannot be reached here; the rest would start the default run
     evaluated = ["TEST.REAL_LABELS"] if "TEST.REAL_LABELS" in words else []
     less = LESS_PIXELS if any("segmentation/" in word or "nuclei.yaml" in word for word in words) else LESS
+    less = LESS_OBJECTS if any(map(OF_DETECTION.search, words)) else less
     less = [*less, *(["MODEL.DROP_PATH_RATE", "0"] if "swin_tiny_patch4_window7_224" in words else [])]
     status = main.main(["--output", str(tmp_path), "--opts", *less, *in_place(words, place)])
     assert status == (2 if evaluated else 0)  # digits are not ImageNet, whose own images test_metrics.py has
@@ -122,7 +135,11 @@ def test_commands_of_main(place, tmp_path, command):
 
 @pytest.mark.parametrize("command", commands(r"predict\.py"), ids=" ".join)
 def test_commands_of_predict(place, command):
-    ours = [] if any("output/semantic_fpn" in word for word in command) else ["--model", "crossformer_micro"]
+    ours = (
+        []
+        if any(re.search("output/(semantic_fpn|mask_rcnn)", word) for word in command)
+        else ["--model", "crossformer_micro"]
+    )
     assert predict.main([*in_place(command[1:], place), *ours]) == 0
 
 

@@ -1,5 +1,6 @@
 """What training and evaluation make of images with objects, and the batches that they come in."""
 
+import io
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from make_coco import COLOURS
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -22,8 +24,8 @@ from data.augmentation.objects import (
 )
 from data.build import build_eval_loader, build_train_loader, open_objects, orientations, wants_masks
 from data.dataset import HostBatch, ImageDataset
-from data.decoding import Decoding
-from data.objects import DecodeObjects, DecodeWhole
+from data.decoding import ORIENTATION, BadImage, Decoding, build_decoding
+from data.objects import DecodeObjects, DecodeWhole, decode_checked
 from data.sampling import GroupedTrainBatches
 from utils.errors import UserError
 from utils.randomness import seed_cpu
@@ -166,7 +168,17 @@ def test_the_settings(tmp_path):
     assert build_object_transform(config) == ObjectTransform((1333, 800), (1.0, 1.0), None, 0.5)
     assert build_object_eval_transform(config) == ObjectTransform((1000, 600), (1.0, 1.0), None, 0.0)
     config = config_of(tmp_path, *"AUG.RESIZE_RATIO [0.1,2] DATA.IMG_SIZE 1024".split())
-    assert build_object_transform(config).crop == (1024, 1024)
+    assert (build_object_transform(config).ratio, build_object_transform(config).crop) == ((0.1, 2), None)
+    config = config_of(tmp_path, *"AUG.CROP True DATA.IMG_SIZE [800,1344]".split())
+    assert build_object_transform(config).crop == (800, 1344)
+
+
+@pytest.mark.parametrize("crop", [(20, 30), (30, 20)])
+def test_the_longer_side_of_a_crop_goes_along_the_image(crop):
+    transform = ObjectTransform((60, 40), crop=crop)
+    for size, expected in (((40, 60), (20, 30)), ((60, 40), (30, 20))):
+        image, *_ = applied(transform, *painted(*size, []))
+        assert image.shape[1:] == expected
 
 
 # ---- samples
@@ -207,6 +219,24 @@ def test_an_image_of_another_size_is_bad(coco):
     assert "its annotations say" in item[0, 0].bad[0]
 
 
+@pytest.mark.parametrize(("upright", "labelled"), [(True, (30, 20)), (False, (20, 30))])
+def test_an_image_that_exif_turns(coco, upright, labelled):
+    """It has 20 x 30 pixels, and lies on its side; what its annotations see decides over DATA.UPRIGHT."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (30, 20), "white").save(out, "JPEG", exif=exif)
+    objects = open_objects(config_of(coco), training=True)[0].objects(0)._replace(size=labelled)
+    raw = out.getvalue(), objects
+    good, bad = (build_decoding(config_of(coco, "DATA.UPRIGHT", str(value))) for value in (upright, not upright))
+    assert decode_checked(raw, good, look=False)[0].shape[1:] == labelled
+    seen = "upright" if upright else "unturned"
+    with pytest.raises(BadImage, match=f"EXIF turns it, and they are of it {seen}: set DATA.UPRIGHT {upright}"):
+        decode_checked(raw, bad, look=False)
+    Image.new("RGB", (30, 20)).save(out := io.BytesIO(), "PNG")
+    with pytest.raises(BadImage, match="its annotations say 30 x 20$"):
+        decode_checked((out.getvalue(), objects._replace(size=(30, 20))), good, look=False)
+
+
 def loaders(config, device: str = "cpu"):
     train, val, _ = open_objects(config, training=True)
     sample = DecodeObjects(Decoding(), build_object_transform(config), masks=wants_masks(config))
@@ -218,7 +248,8 @@ def loaders(config, device: str = "cpu"):
     )
 
 
-SMALL = "DATA.BATCH_SIZE 2 AUG.RESIZE [96,64] TEST.RESIZE [96,64] DATA.IMG_SIZE 48 AUG.RESIZE_RATIO [0.5,1.5]".split()
+SMALL = "DATA.BATCH_SIZE 2 AUG.RESIZE [96,64] TEST.RESIZE [96,64]".split()
+SMALL += "DATA.IMG_SIZE 48 AUG.RESIZE_RATIO [0.5,1.5] AUG.CROP True".split()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -235,7 +266,7 @@ def test_the_same_batches_whatever_the_workers_and_wherever_resumed(coco, worker
 
 
 def test_batches_have_one_orientation_and_evaluation_takes_each_image_once(coco):
-    config = config_of(coco, *SMALL, "DATA.NUM_WORKERS", "1", "AUG.RESIZE_RATIO", "[1,1]")
+    config = config_of(coco, *SMALL, "DATA.NUM_WORKERS", "1", "AUG.CROP", "False")
     train, val = loaders(config)
     for batch in train.micro_batches(0, 8):
         assert len({bool(image.shape[2] > image.shape[1]) for image in batch.images}) == 1

@@ -208,12 +208,15 @@ def test_prediction(trained, pairs, tmp_path):
 
 
 def test_what_prediction_refuses(trained, pairs, tmp_path):
-    words = ("--checkpoint", trained.results / "checkpoints/last.pth", pairs / "images/val", "--image-size", "64")
-    done = start("predict.py", *words)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: --image-size is for classification; images are segmented at their own size\n",
-    )
+    words = ("--checkpoint", trained.results / "checkpoints/last.pth")
+    done = start("predict.py", *words, pairs / "images/val", "--image-size", "64")
+    line = "--image-size is for classification; TEST.RESIZE of its training says how others see an image"
+    assert (done.returncode, done.stderr) == (2, f"error: {line}\n")
+    image = next((pairs / "images/val").iterdir())
+    one, other = (Path(shutil.copy(image, tmp_path / name)) for name in ("a.PNG", "a.png"))
+    done = start("predict.py", *words, tmp_path, "--overlay", tmp_path / "out")
+    line = f"{one} and {other} would both be drawn as a.png; rename one of them"
+    assert (done.returncode, done.stderr, (tmp_path / "out").exists()) == (2, f"error: {line}\n", False)
 
 
 @pytest.mark.parametrize(

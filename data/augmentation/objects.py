@@ -41,7 +41,8 @@ class ObjectTransform:
     Args:
         bounds: longest and shortest side that an image is brought within, its shape kept.
         ratio: what these are multiplied by, from and to.
-        crop: height and width of what is cut out at random where the image is larger; None crops nothing.
+        crop: sides of what is cut out at random where the image is larger, the longer one along the image's; None
+            crops nothing.
         hflip: probability of a flip.
     """
 
@@ -77,8 +78,9 @@ class ObjectTransform:
 
 
 def draw_crop(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Draw top, left, height and width of what is cut out of a size, at most as large as wanted."""
-    height, width = (min(sides) for sides in zip(size, wanted, strict=True))
+    """Draw top, left, height and width of what is cut out of a size: these sides at most, the longer one along its."""
+    along = sorted(wanted, reverse=size[0] > size[1])
+    height, width = (min(sides) for sides in zip(size, along, strict=True))
     top, left = (int(torch.randint(side - cut + 1, ())) for side, cut in zip(size, (height, width), strict=True))
     return top, left, height, width
 
@@ -105,12 +107,10 @@ def nearest(length: int, wanted: int) -> Tensor:
 
 
 def build_object_transform(config) -> ObjectTransform:
-    """Build what training does to images with objects; a RESIZE_RATIO other than [1, 1] crops to IMG_SIZE."""
+    """Build what training does to images with objects."""
     aug = config.AUG
     bounds, ratio = (aug.RESIZE[0], aug.RESIZE[1]), (aug.RESIZE_RATIO[0], aug.RESIZE_RATIO[1])
-    return ObjectTransform(
-        bounds, ratio, None if ratio == (1, 1) else height_and_width(config.DATA.IMG_SIZE), aug.HFLIP
-    )
+    return ObjectTransform(bounds, ratio, height_and_width(config.DATA.IMG_SIZE) if aug.CROP else None, aug.HFLIP)
 
 
 def build_object_eval_transform(config) -> ObjectTransform:
