@@ -55,13 +55,12 @@ def detect(
             yield {"file": str(path), "error": image}, None
             continue
         size = image.shape[1], image.shape[2]
+        is_drawn = folder is not None or len(images) < pictures
         resized = transform(image, torch.zeros(0, 4)).image
         with torch.inference_mode(), precision.autocast():
             seen = stage(resized[None], [Plan()])[0]
-            found = find_objects(trained.model, seen, size, config.TEST.MULTIPLE).above(score)
-        name, drawn = names[number - 1], None
-        if folder or len(images) < pictures:
-            drawn = draw(image, found, classes)
+            found = find_objects(trained.model, seen, size, config.TEST.MULTIPLE, masks=is_drawn, score=score)
+        name, drawn = names[number - 1], draw(image, found, classes) if is_drawn else None
         images.append({"id": number, "file_name": str(name), "height": size[0], "width": size[1]})
         if folder and drawn:
             save(drawn, folder / "overlays" / name.with_suffix(".png"))

@@ -23,7 +23,7 @@ from main import main
 from tasks.average_precision import evaluate_results, of_each_class, read_truth, to_results, twelve
 from tasks.object_album import count_errors
 from tasks.object_report import confusion
-from tasks.objects import Found, pad_together, unpack_masks
+from tasks.objects import Found, find_objects, pad_together, unpack_masks
 from tasks.trained import load_trained
 
 RUN = (
@@ -231,6 +231,25 @@ def test_results_as_coco_has_them():
     assert (one["image_id"], one["category_id"], one["bbox"], one["score"]) == (42, 7, [1, 2, 3, 6], 0.5)
     assert one["segmentation"]["size"] == [10, 9]
     json.dumps(one)
+
+
+def test_what_is_found_is_told_in_pixels_of_the_image():
+    """Width and height are not scaled alike; sides are padded for the model, and low scores left out before masks."""
+    seen = {}
+
+    def ask(images, sizes):
+        seen["size"], seen["sizes"] = tuple(images.shape), sizes
+        boxes = torch.tensor([[10.0, 20, 30, 40], [0, 0, 9, 9]])
+        return [{"boxes": boxes, "labels": torch.tensor([1, 0]), "scores": torch.tensor([0.9, 0.2])}
+                | {"masks": torch.ones(2, 28, 28)}]  # fmt: skip
+
+    found = find_objects(ask, torch.zeros(3, 50, 100), (200, 300), 32, score=0.5)
+    assert seen == {"size": (1, 3, 64, 128), "sizes": [(50, 100)]}
+    assert (found.boxes.tolist(), found.labels.tolist()) == ([[30, 80, 90, 160]], [1])
+    assert found.masks.shape == (1, 200, 300)
+    rows, columns = torch.where(found.masks[0])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (80, 159, 30, 89)
+    assert find_objects(ask, torch.zeros(3, 50, 100), (200, 300), 32, masks=False).masks is None
 
 
 def test_a_batch_is_padded_and_masks_with_it():

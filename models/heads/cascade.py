@@ -110,7 +110,8 @@ def refined(
     """Move each image's boxes ``(N_i, 4)`` by the differences of their labels, within the image; without gradient."""
     result = []
     for of_boxes, of_deltas, of_labels, shape in zip(boxes, apart(deltas, boxes), labels, image_shapes, strict=True):
-        chosen = of_deltas.detach().unflatten(1, (-1, 4))[torch.arange(len(of_labels)), of_labels]
+        each = torch.arange(len(of_labels), device=of_labels.device)
+        chosen = of_deltas.detach().unflatten(1, (-1, 4))[each, of_labels]
         moved = stage.box_coder.decode_single(chosen, of_boxes).nan_to_num()  # RoIAlign fails on what is not finite
         result.append(clip_boxes_to_image(moved, shape))
     return result

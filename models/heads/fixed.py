@@ -70,7 +70,7 @@ class FixedDetector(nn.Module):
         if not last.has_mask():
             return boxes, scores, labels
         masks = heads.look_for_masks(features, [boxes], [size])  # type: ignore[operator]
-        return boxes, scores, labels, masks[torch.arange(len(labels)), labels + 1].sigmoid()
+        return boxes, scores, labels, masks[torch.arange(len(labels), device=labels.device), labels + 1].sigmoid()
 
     def of_one_stage(self, images: Tensor, levels: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Answer as a RetinaNet."""
