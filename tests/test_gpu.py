@@ -1,11 +1,14 @@
 """What can only be seen on a GPU. Skipped without one."""
 
 import json
+import math
 import warnings
 
 import pytest
+import test_detection as detection
 import timm
 import torch
+from commands import start
 from conftest import TINY_RUN
 from test_crossformer import fill, images
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS
@@ -16,6 +19,7 @@ from data.augmentation import Plan, build_train_stage, build_train_transform
 from engine.model import begin_step
 from engine.train import train
 from models.crossformer import fusion
+from models.heads import DETECTORS
 from tasks.classification import Classification
 from utils.randomness import seed_cpu
 
@@ -114,6 +118,19 @@ def test_a_run_trains_and_carries_on(run_main, digits, amp):
     resumed = run_main(*flags, "--batch-size", "12", "--accumulation-steps", "2", "--opts", "TRAIN.EPOCHS", "4")
     assert [event["step"] for event in resumed.events("train")] == list(range(1, 13))
     assert all(event["memory_bytes"] > 0 for event in resumed.events("train"))
+
+
+@pytest.mark.parametrize("head", DETECTORS)
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_detectors_train_and_evaluate(objects, tmp_path, amp, head):
+    words = (*detection.RUN, "AMP", amp, "MODEL.HEAD", head, "--data-path", objects)
+    done = start("main.py", *words, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*/run/metrics.jsonl")
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "train"]
+    assert len(losses) == 6
+    assert all(map(math.isfinite, losses))
 
 
 def test_throughput(run_main):
