@@ -31,7 +31,7 @@ RUN = (
     "DATA.NUM_WORKERS", "0", "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[96, 64]", "TEST.RESIZE", "[96, 64]",
     "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]", "MODEL.HEAD_CHANNELS", "16",
     "TRAIN.STEPS", "6", "TRAIN.WARMUP_STEPS", "1", "TRAIN.EVAL_EVERY_STEPS", "3", "TRAIN.SAVE_EVERY_STEPS", "1",
-    "PRINT_FREQ", "1", "TRAIN.BASE_LR", "1e-5", "TRAIN.WARMUP_LR", "0",
+    "PRINT_FREQ", "1", "TRAIN.BASE_LR", "1e-5", "TRAIN.WARMUP_LR", "0", "MODEL.ANCHOR_SCALE", "4.0",
 )  # fmt: skip
 """So low a learning rate leaves the scores where they are, and much is found."""
 REFERENCE = ROOT / "tests/data/dense_heads"
@@ -349,26 +349,13 @@ def test_data_that_differs_is_told_apart(objects, tmp_path):
     assert len({*prints}) == len(changes)
 
 
-def test_an_export_of_weights_says_how_they_are_to_be_used(objects, tmp_path):
+def test_an_export_of_weights_says_how_they_are_to_be_used(trained, objects, tmp_path):
     """Anchors and sizes of images are in no weight; what is found must be the same all the same."""
-    words = [
-        *RUN,
-        "MODEL.ANCHOR_SCALE",
-        "4",
-        "TRAIN.STEPS",
-        "1",
-        "TRAIN.WARMUP_STEPS",
-        "0",
-        "TRAIN.EVAL_EVERY_STEPS",
-        "1",
-    ]
-    path = run(tmp_path, *words, "--data-path", objects).results / "checkpoints/last.pth"
-    done = start(
-        "scripts/export.py", "--checkpoint", path, "--format", "safetensors", "--to", tmp_path / "x.safetensors"
-    )
+    path, exported = trained.results / "checkpoints/last.pth", tmp_path / "x.safetensors"
+    done = start("scripts/export.py", "--checkpoint", path, "--format", "safetensors", "--to", exported)
     assert done.returncode == 0, done.stderr
     found = []
-    for file in (path, tmp_path / "x.safetensors"):
+    for file in (path, exported):
         words = ("predict.py", "--checkpoint", file, objects / "images/val", "--score", "0", "--format", "json")
         done = start(*words, "--weights", "model")
         assert done.returncode == 0, done.stderr
