@@ -109,7 +109,7 @@ def in_place(words: list[str], place: Path) -> list[str]:
     absolute |= {"/ade20k": "ade20k", "/shards_ade20k": "shards_ade20k", "my_data": "my_data", "/camvid": "camvid"}
     nuclei = "nuclei_objects" if any(map(OF_DETECTION.search, words)) else "nuclei"
     absolute |= {f"examples/nuclei{below}": f"{nuclei}{below}" for below in ("", "/images/val")}
-    absolute |= {"/coco": "coco"}
+    absolute |= {"/coco": "coco", "/bccd": "coco", "/nuclei": "coco"}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
     words = [str(place / absolute[word]) if word in absolute else word for word in words]
