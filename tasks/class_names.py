@@ -38,6 +38,17 @@ def named_classes(content: dict, num_classes: int | None, path: str) -> list[str
     return names
 
 
+def check_classes(content: dict, classes: list[str], path: str) -> None:
+    """Refuse a checkpoint whose classes have other names than the data's, or another order.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    for i, (there, here) in enumerate(zip(named_classes(content, None, path) or classes, classes, strict=False)):
+        if there != here:
+            raise UserError(f"{path} was trained on other classes: its class {i} is {there!r}, the data's {here!r}")
+
+
 def in_words(names: list[str] | None, num_classes: int) -> list[str]:
     """The names where there are any, of ImageNet's WordNet ids what they mean."""
     info = ImageNetInfo("imagenet-1k")

@@ -27,7 +27,7 @@ from data.objects import DecodeObjects, DecodeWhole
 from models import Detector, build_detector, load_detector
 from tasks import Loaders
 from tasks.average_precision import KINDS, Result, evaluate_results, read_truth, to_results, twelve
-from tasks.class_names import named_classes
+from tasks.class_names import check_classes
 from tasks.object_album import ObjectAlbum
 from tasks.object_report import write_report
 from tasks.objects import Ask, find_objects, pad_together, unpack_masks
@@ -149,10 +149,7 @@ class Detection:
         return {"classes": self.classes, **ids}
 
     def check(self, content: dict[str, Any], path: str) -> None:
-        trained_on = named_classes(content, None, path) or self.classes
-        for i, (there, here) in enumerate(zip(trained_on, self.classes, strict=False)):
-            if there != here:
-                raise UserError(f"{path} was trained on other classes: its class {i} is {there!r}, the data's {here!r}")
+        check_classes(content, self.classes, path)
 
     def start_from(self, model: nn.Module, content: dict[str, Any], path: str) -> list[str]:
         which, weights = checkpoint.choose(checkpoint.weights_in(content, path), self.config.MODEL.WEIGHTS, path)

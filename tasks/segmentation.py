@@ -21,7 +21,7 @@ from data.pairs import LabelMaps, decode_labels
 from models import Segmenter, build_segmenter, load_segmenter
 from models.heads.layers import resize
 from tasks import Loaders
-from tasks.class_names import named_classes
+from tasks.class_names import check_classes
 from tasks.miou import confusion_matrix, scores, zeros
 from tasks.pixel_report import Album, write_report
 from tasks.whole_image import Ask, WholeImage, build_whole_image
@@ -148,10 +148,7 @@ class Segmentation:
         return {"classes": self.classes}
 
     def check(self, content: dict[str, Any], path: str) -> None:
-        trained_on = named_classes(content, None, path) or self.classes
-        for i, (there, here) in enumerate(zip(trained_on, self.classes, strict=False)):
-            if there != here:
-                raise UserError(f"{path} was trained on other classes: its class {i} is {there!r}, the data's {here!r}")
+        check_classes(content, self.classes, path)
 
     def start_from(self, model: nn.Module, content: dict[str, Any], path: str) -> list[str]:
         which, weights = checkpoint.choose(checkpoint.weights_in(content, path), self.config.MODEL.WEIGHTS, path)
