@@ -167,5 +167,14 @@ def test_a_mistake_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant(tmp_path, name, form):
     file = save_checkpoint(tmp_path / "best.pth", 1000, **{"MODEL.NAME": name})
-    for size in (["32"] if name == "crossformer_micro" else ["224"], ["256", "448"]):
-        assert export.main(["--checkpoint", file, "--format", form, "--dynamic-batch", "--image-size", *size]) == 0
+    size = "32" if name == "crossformer_micro" else "224"
+    assert export.main(["--checkpoint", file, "--format", form, "--dynamic-batch", "--image-size", size]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["torch_export", "onnx"])
+@pytest.mark.parametrize("name", ["crossformer_tiny", "crossformerpp_small"])
+def test_a_size_that_pads_the_groups(tmp_path, name, form):
+    """One of each family: the others have the same blocks, only more and wider ones."""
+    file = save_checkpoint(tmp_path / "best.pth", 1000, **{"MODEL.NAME": name})
+    assert export.main(["--checkpoint", file, "--format", form, "--dynamic-batch", "--image-size", "256", "448"]) == 0
