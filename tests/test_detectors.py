@@ -29,6 +29,7 @@ PARAMETERS = {
 }  # fmt: skip
 """Counted with 81 outputs for the 80 classes of COCO and the background."""
 SIZE = 160, 224
+TIE = 1e-4
 TERMS = {
     "retinanet": {"cls": "loss_cls", "box": "loss_bbox"},
     "mask_rcnn": {
@@ -98,6 +99,17 @@ def padded(x: Tensor) -> Tensor:
     return x
 
 
+def same_pixels(found, size, pixels):
+    """Masks have so many ``pixels`` each; those whose probability is a half, give or take TIE, may be in or out.
+
+    Which of them are differs from processor to processor, by the last bits of maps and boxes.
+    """
+    surely, perhaps = (paste(found["masks"] + tie, found["boxes"], *size).sum((1, 2)) for tie in (-TIE, TIE))
+    assert (surely <= pixels).all()
+    assert (pixels <= perhaps).all()
+    assert (perhaps - surely).sum() <= 2e-3 * pixels.sum()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("variant", "head"), CASES)
 def test_evaluation(variant, head):
@@ -135,12 +147,8 @@ def test_evaluation(variant, head):
         masks = paste(found["masks"], found["boxes"], *SIZE)
         first10 = torch.from_numpy(np.unpackbits(measured["eval_masks_first10_packbits"].numpy()).reshape(10, *SIZE))
         assert (masks[:10] != first10).sum() <= 1
-        off = (masks.sum((1, 2)) - measured["eval_mask_pixels"]).abs()
-        assert off.max() <= 1
-        assert off.sum() <= 2
-        large = paste(small["masks"], small["boxes"], 300, 400).sum((1, 2)) - measured["padded_mask_pixels"]
-        assert large.abs().max() <= 1
-        assert large.abs().sum() <= 2
+        same_pixels(found, SIZE, measured["eval_mask_pixels"])
+        same_pixels(small, (300, 400), measured["padded_mask_pixels"])
         torch.testing.assert_close(
             found["masks"][:10], measured["eval_mask_logits_first10"].sigmoid(), rtol=0, atol=1e-4
         )
