@@ -14,16 +14,16 @@ case "${1:-}" in
     shift
     versions=oldest
     . scripts/environment.sh requirements-dev.txt
-    exec python -m pytest -n 2 --dist loadfile -m "not slow" "$@"
+    exec python -m pytest -n 2 --dist worksteal -m "not slow" "$@"
     ;;
 --all)
     shift
     . scripts/environment.sh requirements-dev.txt
-    python -m pytest -n 2 --dist loadfile "$@"
+    python -m pytest -n 2 --dist worksteal "$@"
     bash scripts/test.sh --oldest "$@" || [ $? -eq 5 ] # which says that all tests that were asked for are slow ones
     ;;
 *)
     . scripts/environment.sh requirements-dev.txt
-    exec python -m pytest -n 2 --dist loadfile -m "not slow" "$@"
+    exec python -m pytest -n 2 --dist worksteal -m "not slow" "$@"
     ;;
 esac
