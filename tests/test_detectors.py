@@ -102,7 +102,8 @@ def padded(x: Tensor) -> Tensor:
 def same_pixels(found, size, pixels):
     """Masks have so many ``pixels`` each; those whose probability is a half, give or take TIE, may be in or out.
 
-    Which of them are differs from processor to processor, by the last bits of maps and boxes.
+    Which of them are differs from processor to processor, by the last bits of maps and boxes. In float64, where they
+    matter less, it is 2 (micro) and 4 pixels (small) of the masks of the padded image.
     """
     surely, perhaps = (paste(found["masks"] + tie, found["boxes"], *size).sum((1, 2)) for tie in (-TIE, TIE))
     assert (surely <= pixels).all()
@@ -147,7 +148,9 @@ def test_evaluation(variant, head):
         masks = paste(found["masks"], found["boxes"], *SIZE)
         first10 = torch.from_numpy(np.unpackbits(measured["eval_masks_first10_packbits"].numpy()).reshape(10, *SIZE))
         assert (masks[:10] != first10).sum() <= 1
-        same_pixels(found, SIZE, measured["eval_mask_pixels"])
+        off = (masks.sum((1, 2)) - measured["eval_mask_pixels"]).abs()
+        assert off.max() <= 1
+        assert off.sum() <= 2
         same_pixels(small, (300, 400), measured["padded_mask_pixels"])
         torch.testing.assert_close(
             found["masks"][:10], measured["eval_mask_logits_first10"].sigmoid(), rtol=0, atol=1e-4
