@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from config import Config, build_config
 from utils.command import Parser
 from utils.errors import UserError, did_you_mean
+from utils.launchers import is_torchrun, understand_launcher
 from utils.names import printable
-from utils.processes import CTRL_C_STATUS, end_with_parent
+from utils.processes import CTRL_C_STATUS, PEER_LOST_STATUS, end_with_parent
 from utils.settings import listing
 from utils.surroundings import settle
 
@@ -104,6 +105,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
 def run(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
     settle()
+    understand_launcher()
     try:
         config, mode = parse(arguments)
     except UserError as error:
@@ -115,24 +117,30 @@ def run(arguments: list[str]) -> int:
     if mode == "train":
         train_until_stopped(config)
     else:
+        from utils.bulletin import Bulletin
+
+        let_through(signal.SIGUSR1)
         engine = importlib.import_module(f"engine.{mode}")
-        (engine.run_evaluation if mode == "evaluate" else engine.run_throughput)(config, distributed.start())
+        device = distributed.start(config.TRAIN.HANG_MINUTES)
+        with Bulletin():
+            (engine.run_evaluation if mode == "evaluate" else engine.run_throughput)(config, device)
     distributed.stop()
     return 0
 
 
 def train_until_stopped(config: Config) -> None:
     """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at."""
-    from engine.stopping import StopRequest, is_launched
+    from engine.stopping import StopRequest
     from utils import distributed
 
     with StopRequest() as stop:
-        if is_launched():
+        let_through(signal.SIGUSR1)
+        if is_torchrun():
             end_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no rank behind that trains on unseen
         try:
             from engine.train import train
 
-            train(config, distributed.start(), stop)
+            train(config, distributed.start(config.TRAIN.HANG_MINUTES), stop)
         except Exception as error:
             if distributed.world_size() > 1 and not stop.rescue and not isinstance(error, distributed.AgreedError):
                 stop.outlast(error)  # training itself has done so already
@@ -146,7 +154,9 @@ def describe(error: BaseException) -> tuple[str, int]:
 
     match error:
         case distributed.AgreedError():
-            if not distributed.is_main():
+            # srun shows what all hosts say in one place, torchrun shows each host its own
+            speaks = distributed.local_rank() == 0 if is_torchrun() else distributed.is_main()
+            if not speaks:
                 time.sleep(SECONDS_FOR_RANK_0_TO_SPEAK)
                 return "", 2
             return f"error: {printable(str(error))}", 2
@@ -157,6 +167,8 @@ def describe(error: BaseException) -> tuple[str, int]:
             text = "" if error.request.answered or not distributed.is_main() else error.request.describe()
             error.request.answer()
             return text, error.request.status
+        case distributed.PeerLostError():
+            return f"error (rank {distributed.rank()}): {printable(str(error))}", PEER_LOST_STATUS
     return "".join(traceback.format_exception(error)).rstrip(), 1  # a bug of ours
 
 
@@ -184,12 +196,18 @@ def main(arguments: list[str]) -> int:
 
 def main_of_a_process(arguments: list[str]) -> NoReturn:
     """Run the command line and end the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # Slurm may send it before anybody can answer
     try:
         status = run(arguments)
     except BaseException as error:
         # Here and not later: what its frames hold, as loader processes that are stuck, is not to be torn down
         leave(explain(error))
     leave(status)
+
+
+def let_through(number: signal.Signals) -> None:
+    """Let a signal come that was held back while the process began, at once if it is there already."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
 
 
 def leave(status: int) -> NoReturn:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from utils.distributed import is_main
 from utils.errors import UserError
+from utils.launchers import is_torchrun
 from utils.processes import CTRL_C_STATUS, STOP_SIGNALS
 
 MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
@@ -71,7 +72,10 @@ class StopRequest:
         self._answer: dist.Work | None = None
 
     def __enter__(self) -> "StopRequest":
-        """Take the signals of this process. Only its main thread can do so."""
+        """Take the signals of this process. Only its main thread can do so; in another this takes none."""
+        self._in_charge = threading.current_thread() is threading.main_thread()
+        if not self._in_charge:
+            return self
         self._wake_up, self._writer = socket.socketpair()  # Python itself writes there, whatever the main thread does
         self._writer.setblocking(False)
         self._wake_up_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -84,7 +88,9 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error) -> None:
-        if kind is Stopped:  # the process is about to end, and what else comes is to change nothing
+        if (
+            not self._in_charge or kind is Stopped
+        ):  # the process is about to end, and what else comes is to change nothing
             return
         _listening.remove(self)
         for number, handler in self._handlers.items():
@@ -111,7 +117,7 @@ class StopRequest:
 
         Under a launcher 0 too, which would take anything else for a failure and start the process again.
         """
-        return CTRL_C_STATUS if self._stopped_by == signal.SIGINT and not is_launched() else 0
+        return CTRL_C_STATUS if self._stopped_by == signal.SIGINT and not is_torchrun() else 0
 
     def defer(self) -> None:
         """From now on let a signal wait until :meth:`agreed` is asked."""
@@ -229,11 +235,6 @@ class StopRequest:
                 first = time.monotonic()
             elif number == signal.SIGINT and time.monotonic() - first > SAME_CTRL_C_SECONDS:
                 self.leave(CTRL_C_STATUS, "\nstopped at once by a second Ctrl-C; the last save is whole")
-
-
-def is_launched() -> bool:
-    """Whether torchrun has started this process, and waits for its exit status."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 _listening: list[StopRequest] = []

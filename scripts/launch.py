@@ -3,8 +3,8 @@
     python scripts/launch.py --nproc_per_node 8 main.py --cfg configs/small.yaml --data-path /imagenet
 
 It takes what torchrun takes. A signal goes to the ranks, which save and end; torchrun would take that for a failure and
-print a traceback. Exit status 0: done, or stopped by SIGTERM, SIGUSR1 or SIGHUP; 130: stopped by Ctrl-C; 1: a rank has
-failed, and has said why.
+print a traceback. Exit status 0: done, or stopped by SIGTERM, SIGUSR1 or SIGHUP; 130: stopped by Ctrl-C; 3: a host or
+a process was lost, or hangs; 2: an error of the user's; 1: a rank has failed otherwise. It has said why.
 """
 
 import logging
@@ -15,12 +15,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+# Read while torch is imported. Its warnings about a host that is gone fill pages
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.processes import CTRL_C_STATUS, STOP_SIGNALS
+from utils.processes import CTRL_C_STATUS, PEER_LOST_STATUS, STOP_SIGNALS, USER_ERROR_STATUS
 
 
 def ranks() -> list[int]:
@@ -63,7 +67,16 @@ def main(arguments: list[str]) -> int:
         run(given)
     except ChildFailedError as error:
         logging.getLogger(__name__).error("%s", error)
-        return 1
+        if error.get_first_failure()[1].exitcode == USER_ERROR_STATUS:  # and torchrun has ended the others
+            return USER_ERROR_STATUS
+        lost = any(failure.exitcode == PEER_LOST_STATUS for failure in error.failures.values())
+        return PEER_LOST_STATUS if lost else 1
+    except RendezvousError as error:
+        if got:
+            return status()
+        reason = str(error).partition("\n")[0]
+        print(f"error: {given.rdzv_endpoint} gives no answer any more ({reason}); look at that host", file=sys.stderr)
+        return PEER_LOST_STATUS
     return status()
 
 

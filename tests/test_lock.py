@@ -28,7 +28,7 @@ def taken_elsewhere(folder, monkeypatch) -> Lock:
     """A lock as a process on another host holds it."""
     lock = Lock(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(utils.lock, "_place", lambda: "another boot, another container")
+        patch.setattr(utils.lock, "place", lambda: "another boot, another container")
         patch.setattr("socket.gethostname", lambda: "another-host")
         lock.take()
     return lock

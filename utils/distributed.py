@@ -1,25 +1,44 @@
-"""The processes of a run. Everything here also works without ``torchrun``, as one process."""
+"""The processes of a run. Everything here also works without a launcher, as one process."""
 
 import os
+import pickle
+import re
+import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.launchers import gpu_of_this_process
+from utils.processes import place
 
 JOIN_SECONDS = 600
 """How long ranks wait for each other when they start; a slow host may take minutes to import torch."""
 JOIN_POLL_SECONDS = 0.02
+DAYS_WITHOUT_LIMIT = 365
 _store: dist.Store | None = None
+_is_ours = False
+_hosts: list[str] = [socket.gethostname()]
+_places: list[str] = []
+"""Of each rank, the machine and the container in it."""
+_made = 0
+Made = TypeVar("Made")
+OF_THE_NETWORK = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
+"""How errors read of which torch has no class of their own."""
 
 
 class AgreedError(UserError):
     """A :class:`UserError` that every rank has raised; only rank 0 needs to print it."""
+
+
+class PeerLostError(Exception):
+    """Another process of the run is gone, or the network to it; the message says which."""
 
 
 def rank() -> int:
@@ -30,34 +49,124 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_rank() -> int:
+    """Number the processes of a host."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def is_main() -> bool:
     return rank() == 0
 
 
-def start() -> torch.device:
-    """Join the other processes that ``torchrun`` has started, if any, and choose this one's device."""
-    global _store
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+def start(hang_minutes: float = 0.0) -> torch.device:
+    """Join the other processes that a launcher has started, if any, and choose this one's device.
+
+    Args:
+        hang_minutes: TRAIN.HANG_MINUTES, after which the watchdog ends a run; torch gives up later than that. 0: never.
+
+    Raises:
+        UserError: there is no GPU for this process, another has the same one, or the others cannot be reached; or a
+            group that somebody else has brought together is not one for this.
+    """
+    global _store, _hosts, _places, _is_ours
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}; "
-                "start torchrun with --nproc_per_node no larger than that"
-            )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", gpu_of_this_process(local_rank(), torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if world_size() > 1:
+    if dist.is_initialized():  # by whoever has imported this, as Ray does
+        _check_group_of_others(device)
+    elif world_size() > 1:
+        _is_ours = True
         _store = _store_of_this_attempt()
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store,
-            rank=rank(),
-            world_size=world_size(),
-            device_id=device if device.type == "cuda" else None,
+        if device.type == "cuda":
+            _check_no_other_has(_store, device)
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=_store,
+                rank=rank(),
+                world_size=world_size(),
+                timeout=timedelta(minutes=2 * hang_minutes) if hang_minutes else timedelta(days=DAYS_WITHOUT_LIMIT),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except RuntimeError as error:
+            raise UserError(_unreachable(error, device)) from error
+    if dist.is_initialized():
+        _hosts, _places = map(
+            list, zip(*gathered((socket.gethostname(), f"{socket.gethostname()} {place()}")), strict=True)
         )
     return device
+
+
+def _check_group_of_others(device: torch.device) -> None:
+    """Refuse a group that cannot carry what the ranks send, or in which they have other numbers."""
+    said, there = (rank(), world_size()), (dist.get_rank(), dist.get_world_size())
+    if said != there:
+        raise UserError(
+            f"RANK and WORLD_SIZE say rank {said[0]} of {said[1]}, but the process group has it as rank {there[0]} of "
+            f"{there[1]}; set both, and LOCAL_RANK, as the group has them"
+        )
+    backends = dist.get_backend_config()
+    missing = [kind for kind in ("cpu", device.type) if f"{kind}:" not in backends]
+    if missing:
+        raise AgreedError(
+            f"the process group cannot send what is on the {missing[0]} (its backend is {backends}); give it the "
+            'backend "cpu:gloo,cuda:nccl", as in Ray\'s TorchConfig(backend="cpu:gloo,cuda:nccl")'
+        )
+
+
+def _check_no_other_has(store: dist.Store, device: torch.device) -> None:
+    """Refuse to share a GPU, which NCCL does in words that few understand."""
+    gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    if store.add(f"processes on {gpu}", 1) > 1:
+        raise UserError(
+            f"rank {rank()} and another share a GPU of {gpu}: start one process for a GPU (--nproc_per_node, "
+            "--ntasks-per-node), and let each see its own or all (--gpus-per-task 1, or none)"
+        )
+
+
+def _unreachable(error: RuntimeError, device: torch.device) -> str:
+    """Say that this process reaches no other, and what chooses the network."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    names = ["GLOO_SOCKET_IFNAME"] + ["NCCL_SOCKET_IFNAME"] * (device.type == "cuda")
+    chosen = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    interfaces = ", ".join(name for _, name in socket.if_nameindex())
+    now = f" (now {chosen[0]})" if chosen else ""
+    return (
+        f"rank {rank()} on {socket.gethostname()} cannot connect to the others ({reason}): name the network interface "
+        f"that reaches them in {' and '.join(names)}{now}; this host has {interfaces}"
+    )
+
+
+def name_of(rank: int) -> str:
+    """Name a rank and its host, for people."""
+    return f"rank {rank} on {_hosts[rank]}" if rank < len(_hosts) else f"rank {rank}"
+
+
+def hosts() -> list[str]:
+    """Give the host of each rank."""
+    return _hosts
+
+
+def describe_hosts() -> str:
+    """Say how many processes each host has; empty for a single host."""
+    counts = {host: _hosts.count(host) for host in dict.fromkeys(_hosts)}
+    return f"processes: {', '.join(f'{count} on {host}' for host, count in counts.items())}" if len(counts) > 1 else ""
+
+
+def processes_of_a_host() -> int:
+    """Count the processes that share a host with this one."""
+    return _places.count(_places[rank()]) if _places else 1
+
+
+def is_of_the_network(error: BaseException) -> bool:
+    """Tell whether an error may come of another process's end."""
+    if isinstance(error, UserError):
+        return False
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and bool(OF_THE_NETWORK.search(str(error)))
+    )
 
 
 def shared_store() -> dist.Store | None:
@@ -94,9 +203,11 @@ def _store_of_this_attempt() -> dist.Store:
 
 
 def stop() -> None:
-    """Leave the other processes."""
-    if dist.is_initialized():
+    """Leave the other processes, unless somebody else has brought them together."""
+    global _store, _is_ours
+    if _is_ours and dist.is_initialized():
         dist.destroy_process_group()
+        _store, _is_ours = None, False
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,6 +255,36 @@ def gathered_on_main(value: Any) -> list[Any] | None:
     values: list[Any] | None = [None] * world_size() if is_main() else None
     dist.gather_object(value, values)
     return values
+
+
+def once_a_host(make: Callable[[], Made]) -> Made:
+    """Let one process of each host make something, and give a copy to the others there, or the error that it met.
+
+    No collective, but the processes of a host must call it in the same order. What is made must be picklable.
+
+    Raises:
+        UserError: of ``make``.
+    """
+    global _made
+    maker = _places.index(_places[rank()]) if _store else rank()
+    if _store is None or _places.count(_places[maker]) == 1:
+        return make()
+    _made += 1
+    key = f"thing {_made} of rank {maker}"
+    if maker == rank():
+        try:
+            made = make()
+        except UserError as error:
+            cast(Any, _store).set(key, pickle.dumps(error))
+            raise
+        cast(Any, _store).set(key, pickle.dumps(made))
+        return made
+    while not _store.check([key]):  # not get(), which gives up where a list of millions of files takes its time
+        time.sleep(JOIN_POLL_SECONDS)
+    made = pickle.loads(_store.get(key))
+    if isinstance(made, UserError):
+        raise made
+    return made
 
 
 def broadcast_from_main(tensor: torch.Tensor) -> None:

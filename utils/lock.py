@@ -18,6 +18,7 @@ from pathlib import Path
 from utils.distributed import agreement, is_main
 from utils.errors import UserError
 from utils.files import reason_of
+from utils.processes import place
 
 NAME = ".lock"
 BEAT_SECONDS = 2.0
@@ -73,7 +74,7 @@ class Lock:
         """
         self._me = {
             "id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(),
-            "since": time.strftime("%F %T"), "place": _place(), "started": _started(os.getpid()),
+            "since": time.strftime("%F %T"), "place": place(), "started": _started(os.getpid()),
         }  # fmt: skip
         try:
             self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
@@ -210,7 +211,7 @@ def _has_ended(path: Path, holder: dict, folder: Path) -> bool:
     Raises:
         UserError: it lives.
     """
-    same_place = bool(holder["place"]) and holder["place"] == _place()
+    same_place = bool(holder["place"]) and holder["place"] == place()
     if not same_place:
         print(f"{folder} is held by {_describe(holder)}: looking for a sign of life, {WATCH_SECONDS:g} s", flush=True)
     began = changed = time.monotonic()
@@ -238,15 +239,6 @@ def _has_ended(path: Path, holder: dict, folder: Path) -> bool:
 
 def _describe(holder: dict) -> str:
     return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
-
-
-def _place() -> str:
-    """Where process ids mean the same: this boot of this machine, and within it the container. Empty if unknown."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
 
 
 def _started(pid: int) -> str:

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and processes that end with the one that has started them."""
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
@@ -15,6 +17,12 @@ from utils.errors import UserError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 CTRL_C_STATUS = 130
 """The exit status of what Ctrl-C has ended, as shells have it."""
+
+USER_ERROR_STATUS = 2
+"""That of a run which would end in the same way if it were started again."""
+
+PEER_LOST_STATUS = 3
+"""That of a run which has lost one of its processes or hangs: to start it again is worth it."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -26,6 +34,15 @@ def end_with_parent(number: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+
+
+def place() -> str:
+    """Where process ids mean the same: this boot of this machine, and within it the container. Empty if unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def begin_worker() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from utils.bulletin import SECONDS_BETWEEN_TURNS, Bulletin
-from utils.distributed import rank
+from utils.distributed import name_of, rank
 
 CHECKS_PER_TIMEOUT = 20
 LAST_WORDS_SECONDS = 20
@@ -96,9 +96,9 @@ class Watchdog:
         after[rank()] = [-1, self._bulletin.step, self._bulletin.activity]
         silent = [other for other, life in after.items() if life == before[other]]
         if silent:
-            return f"rank {', '.join(map(str, silent))} gives no sign of life; look at that process and its host"
+            return f"{', '.join(map(name_of, silent))} gives no sign of life; look at that process and its host"
         reading = [other for other, (_, _, activity) in after.items() if activity == "loading data"]
         if reading:
-            return f"rank {', '.join(map(str, reading))} waits for data; look at its loader processes and disk"
+            return f"{', '.join(map(name_of, reading))} waits for data; look at its loader processes and disk"
         at = f"{self._bulletin.activity} after step {self._bulletin.step:,}"
-        return f"all ranks are {at}; look at the GPUs and the network"
+        return f"all ranks are {at}; look at the GPUs and the network (docs/clusters.md)"

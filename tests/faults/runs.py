@@ -21,17 +21,25 @@ RANDOM = (
 
 
 class Run:
-    """``main.py`` (or torchrun around it) in a session of its own, its output in a file."""
+    """``main.py`` (or torchrun around it) in a session of its own, its output in a file; ``inside`` of a host, say."""
 
     def __init__(
-        self, tmp_path: Path, *arguments, launcher: tuple = (), script="main.py", preexec_fn=None, **environment
+        self,
+        tmp_path: Path,
+        *arguments,
+        launcher: tuple = (),
+        inside: tuple = (),
+        script="main.py",
+        preexec_fn=None,
+        **environment,
     ):
         self.output = tmp_path / f"stdout-{time.monotonic_ns()}"
         self.mark = f"TEST_RUN={self.output.name}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TEST_RUN": self.output.name, **environment}
+        words = (*inside, sys.executable, *launcher, script, *arguments, "--output", tmp_path / "output")
         with open(self.output, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *map(str, (*launcher, script, *arguments)), "--output", str(tmp_path / "output")],
+                [str(word) for word in words],
                 cwd=ROOT, env={key: str(value) for key, value in environment.items()}, stdout=file,
                 stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=preexec_fn,
             )  # fmt: skip

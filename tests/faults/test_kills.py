@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -235,7 +236,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path, digits):
     os.kill(run.pid_of_rank(1), signal.SIGSTOP)
     try:
         assert run.wait_for("error (rank 0): nothing has happened for 0.1 minutes", seconds=60)
-        assert run.wait_for("rank 1 gives no sign of life", seconds=30)
+        assert run.wait_for(f"rank 1 on {socket.gethostname()} gives no sign of life", seconds=30)
         stacks = tmp_path / "output" / "crossformer_micro" / "run" / "stacks_rank_0.txt"
         assert str(stacks) in run.said()
         assert "in take_steps" in stacks.read_text()
