@@ -36,8 +36,11 @@ class Data(Section):
         "auto", "Layout of the data set: imagenet is the official archives, others are timm's, as hfds/NAME",
         choices=("auto", "folder", "tar", "zip", "imagenet"), or_with="/", on_resume=FREE, task=CLASSES)
     CACHE_DIR: str = setting(
-        "", "Where the index of a data set that cannot be written to is kept; the user's cache folder when empty",
-        path=True, on_resume=FREE)
+        "", "Where the index of a data set that cannot be written to is kept, and images of object storage; "
+        "the user's cache folder when empty", path=True, on_resume=FREE)
+    CACHE_GB: float = setting(
+        0.0, "Gigabytes of images of object storage (s3://...) that a host keeps in DATA.CACHE_DIR", at_least=0,
+        on_resume=FREE)
     CACHE_MODE: str = setting(
         "no", "Read the data into memory first: part is each process of a host its share, full is each everything",
         choices=("no", "part", "full"), on_resume=FREE)
@@ -172,6 +175,12 @@ class Train(Section):
         "1d", "Parameters without weight decay: biases and others of one axis, those with norm in their name, or none",
         choices=("1d", "norm", "none"))
     SYNC_BN: bool = setting(False, "Let BatchNorm normalise over the batches of all processes")
+    SHARD: str = setting(
+        "none", "Divide weights, gradients and optimizer state among all processes (full) or those of a host (hybrid)",
+        choices=("none", "full", "hybrid"))
+    COMPRESS_GRADIENTS: str = setting(
+        "none", "Number format in which gradients are summed over processes: half the bytes, and rounded",
+        choices=("none", "bf16", "fp16"))
     LAYER_DECAY: float = setting(
         1.0, "Each layer's learning rate is that of the layer above it times this (for fine-tuning, as 0.8)",
         at_least=0.01, at_most=1, on_resume=KEPT)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from config import Config
 from utils.compat import move_towards
+from utils.parallel import local
 
 
 class Ema(ModelEmaV3):
@@ -17,8 +18,8 @@ class Ema(ModelEmaV3):
         averages, values = [], []
         for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
             if average.is_floating_point():
-                averages.append(average)
-                values.append(value)
+                averages.append(local(average))
+                values.append(local(value))
             else:
                 average.copy_(value)
         move_towards(averages, values, (1 - self.get_decay(step)) * finite)

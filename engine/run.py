@@ -16,6 +16,7 @@ from engine.step import StepResult
 from engine.stopping import PATIENCE_SECONDS, StopRequest
 from lr_scheduler import Schedule, total_steps
 from tasks import Loaders, Task
+from utils import parallel
 from utils.distributed import AgreedError, count_over_ranks, is_main, largest_over_ranks
 from utils.errors import UserError
 from utils.logger import RunLog
@@ -149,8 +150,10 @@ class Run:
         counts = {"meters": self.meters.content(), "skipped_images": count_over_ranks(self.loader.skipped)}
         if is_main():
             self.checkpoints.wait()  # here, where a signal finds the state free, and not with it held
-            with self.state.changing:
-                self._write_last(self.state.content(), counts)
+        with self.state.changing:
+            content = parallel.whole(self.state.content())
+            if is_main():
+                self._write_last(content, counts)
 
     def _write_last(self, content: dict[str, Any], counts: dict[str, Any]) -> None:
         epoch, steps_into_epoch = divmod(self.state.step, self.steps_per_epoch)
@@ -171,6 +174,9 @@ class Run:
         state, stop = self.state, self.stop
         if not is_main():
             return ""
+        if state.sharded:  # the other ranks have shares of it
+            self.checkpoints.finish()
+            return stop.describe()
         if not state.changing.acquire(timeout=PATIENCE_SECONDS) or not state.whole:
             self.checkpoints.finish()
             return stop.describe()
@@ -223,17 +229,19 @@ class Run:
 
     def _evaluate(self, weights: str, model) -> None:
         state, evaluator = self.state, self.task.evaluator()
-        result = evaluate(model, self.val, self.precision, evaluator)
+        with parallel.gathered(model):
+            result = evaluate(model, self.val, self.precision, evaluator)
         metric, epoch = self.task.best_is, state.step // self.steps_per_epoch
         is_best = result[metric] > state.best
         if is_best:
             state.best = result[metric]
             if is_main():
-                facts = {"weights": weights, "step": state.step, "epoch": epoch, "config": self.config.dump()}
                 self.checkpoints.wait()
-                with state.changing:
-                    content = {"model": model.state_dict(), **facts, **self.task.facts(), **result}
-                    self.checkpoints.save_best(content)
+            with state.changing:
+                network = parallel.whole(model.state_dict())
+                if is_main():
+                    facts = {"weights": weights, "step": state.step, "epoch": epoch, "config": self.config.dump()}
+                    self.checkpoints.save_best({"model": network, **facts, **self.task.facts(), **result})
         best = f"best {state.best:.2f}" + (f" -> {self.checkpoints.best}" if is_best else "")
         values = {"step": state.step, "epoch": epoch, "weights": weights, **result}
         self.log.pictures({f"{weights}/{name}": data for name, data in evaluator.pictures().items()}, state.step)

@@ -17,6 +17,7 @@ from config import Config, default_config, differing_settings, flatten, may_chan
 from engine import validation
 from engine.ema import Ema
 from models import load_weights
+from utils import parallel
 from utils.checkpoint import choose, weights_in
 from utils.distributed import broadcast_from_main
 from utils.errors import UserError
@@ -48,6 +49,11 @@ class TrainState:
     whole: bool = True
     _finished: torch.cuda.Event | None = None
     _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has only its share."""
+        return parallel.is_sharded(self.model)
 
     def begin_step(self) -> None:
         """Remember what a forward pass changes, BatchNorm's statistics, in case the step is never finished."""

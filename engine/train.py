@@ -31,11 +31,12 @@ from optimizer import build_optimizer
 from tasks import Task, build_task
 from utils import parallel
 from utils.bulletin import Bulletin
-from utils.distributed import AgreedError, agreement, from_main, is_main, rank, world_size
+from utils.distributed import AgreedError, agreement, describe_hosts, from_main, is_main, rank, world_size
 from utils.errors import UserError
 from utils.files import remove_temporaries
 from utils.lock import Lock, hold
 from utils.logger import RunLog
+from utils.shared_folder import check_shared
 from utils.watchdog import Watchdog
 
 
@@ -64,6 +65,7 @@ def train_in_folder(
     config, device: torch.device, choose_task: Callable[..., Task], lock: Lock, stop: StopRequest, bulletin: Bulletin
 ) -> None:
     """Put the run together and train, for the one who holds the results folder."""
+    unshared = check_shared(output_dir(config))
     with agreement():
         task = choose_task(config, device)
         loaders = task.train_loaders()
@@ -72,9 +74,15 @@ def train_in_folder(
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
         check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
     check_same_data(loaders.train.dataset.index)
-    wrapped = parallel.wrap(model, device, config.TRAIN.SYNC_BN)
+    sharding = parallel.choose_sharding(config.TRAIN.SHARD, device, precision.dtype)
+    ema = build_ema(config, model)
+    wrapped = parallel.wrap(model, device, config.TRAIN.SYNC_BN, sharding, config.TRAIN.COMPRESS_GRADIENTS)
+    if ema and sharding:
+        sharding.apply(ema.module)
     with agreement():
-        state = TrainState(model, build_optimizer(config, model), precision.scaler(), build_ema(config, model))
+        optimizer = build_optimizer(config, model)
+        parallel.load_whole(optimizer)
+        state = TrainState(model, optimizer, precision.scaler(), ema)
         schedule = build_scheduler(config, loaders.train.steps_per_epoch, loaders.train.global_batch)
         checkpoints = Checkpoints(
             output_dir(config) / "checkpoints",
@@ -95,7 +103,9 @@ def train_in_folder(
             f"{loaders.described}  run {output_dir(config)}"
         )
         indexes = {"train": loaders.train.dataset.index, "val": loaders.val.dataset.index}
-        for line in filter(None, [lock.note, *left_out(config), describe_left_out(indexes), *started_from]):
+        for line in filter(
+            None, [describe_hosts(), lock.note, unshared, *left_out(config), describe_left_out(indexes), *started_from]
+        ):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image

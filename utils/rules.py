@@ -40,6 +40,15 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.ACCUMULATION_STEPS 1")
         if config.TRAIN.AUTO_MICRO_BATCH:
             refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.AUTO_MICRO_BATCH False")
+    if config.TRAIN.SHARD != "none":
+        if config.TRAIN.COMPILE != "none":
+            refuse("TRAIN.SHARD", "does not go with TRAIN.COMPILE; set one of them to none")
+        if config.TRAIN.AUTO_MICRO_BATCH:
+            refuse("TRAIN.SHARD", "does not go with TRAIN.AUTO_MICRO_BATCH; set that to False")
+        if config.TRAIN.COMPRESS_GRADIENTS != "none":
+            refuse("TRAIN.COMPRESS_GRADIENTS", "is for whole models; sharded ones follow AMP")
+        if config.TRAIN.OPTIMIZER.NAME.startswith("fused_"):
+            refuse("TRAIN.SHARD", "does not go with apex's optimizers; use adamw or sgd")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
     if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):

@@ -3,9 +3,22 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from utils.distributed import AgreedError
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Sum a tensor over all processes; its gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverRanks.forward(ctx, gradient)
 
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
@@ -23,11 +36,11 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         axes, numbers = (0, 2, 3), x.numel() / x.shape[1]
         wide = x.double() if x.dtype == torch.float64 else x.float()
         sums = torch.cat([wide.sum(axes), wide.new_tensor([numbers])])
-        sums = all_reduce(sums)
+        sums = SumOverRanks.apply(sums)
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = wide - mean[:, None, None]
-        variance = all_reduce(centred.square().sum(axes)) / count
+        variance = SumOverRanks.apply(centred.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
