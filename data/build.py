@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,16 +14,19 @@ from data.augmentation import DeviceStage
 from data.coco import EXPECTED as EXPECTED_COCO
 from data.coco import ObjectIndex, check_same_classes, find_coco_layout
 from data.dataset import ImageDataset, Sample
-from data.index import ImageIndex, Index, open_index
+from data.index import ImageIndex, Index, Layout, folder_of_mine, open_index
 from data.layouts import find_layout, missing
 from data.loading import EvalLoader, TrainLoader
 from data.pair_layouts import EXPECTED, find_pair_layout
 from data.pairs import LabelMaps
+from data.remote import RemoteTarIndex, Store, find_remote_layout, is_url
 from data.sampling import EvalBatches, GroupedTrainBatches, TrainBatches
 from data.timm_index import TimmIndex
-from utils.distributed import rank, world_size
+from utils.distributed import local_rank, once_a_host, rank, world_size
 from utils.errors import UserError
 from utils.rules import HEADS_WITH_MASKS
+
+EXPECTED_IMAGES = "train/CLASS/*.jpg (see docs/data.md)"
 
 
 def build_train_loader(
@@ -91,15 +95,29 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
     Raises:
         UserError: something is missing, damaged or empty.
     """
-    root = _root(config, "train/CLASS/*.jpg (see docs/data.md)")
     if "/" in config.DATA.FORMAT:
-        return _open_with_timm(config, root, training)
-    layouts = {"train": None, "val": find_layout(root, "val", config.DATA.FORMAT)}
+        return _open_with_timm(config, _root(config, EXPECTED_IMAGES), training)
+    train, val, classes = once_a_host(lambda: _open_images(config, training))
+    for index in (train, val):
+        if isinstance(index, RemoteTarIndex) and config.DATA.CACHE_GB:
+            index.cache_in(folder_of_mine(config.DATA.CACHE_DIR), int(1e9 * config.DATA.CACHE_GB))
+    return train, val, classes
+
+
+def _open_images(config, training: bool) -> tuple[ImageIndex | None, ImageIndex, list[str]]:
+    find: Callable[[str], Layout | None]
+    if is_url(config.DATA.DATA_PATH):
+        root: Path | str = config.DATA.DATA_PATH
+        find = partial(find_remote_layout, Store(config.DATA.DATA_PATH))
+    else:
+        root = _root(config, EXPECTED_IMAGES)
+        find = partial(find_layout, root, layout=config.DATA.FORMAT)
+    layouts = {"train": None, "val": find("val")}
     with nullcontext() if training else suppress(UserError):  # evaluation only takes the names of its classes
-        layouts["train"] = find_layout(root, "train", config.DATA.FORMAT)
+        layouts["train"] = find("train")
     for split in ("train", "val") if training else ("val",):
         if layouts[split] is None:
-            raise missing(root, split, config.DATA.FORMAT)
+            raise missing(root, split, "tar" if is_url(config.DATA.DATA_PATH) else config.DATA.FORMAT)
     there, cache_dir = {split: layout for split, layout in layouts.items() if layout is not None}, config.DATA.CACHE_DIR
     train = open_index(there["train"], cache_dir) if training else None
     classes = train.classes if train is not None else there.get("train", there["val"]).classes(cache_dir)
@@ -135,6 +153,10 @@ def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, lis
     Raises:
         UserError: something is missing, damaged or empty.
     """
+    return once_a_host(lambda: _open_pairs(config, training))
+
+
+def _open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, list[str]]:
     root = _root(config, "images/train, images/val, masks/train, masks/val and classes.txt (see docs/segmentation.md)")
     indexes: dict[str, LabelMaps] = {}
     for split in ("train", "val") if training else ("val",):
@@ -157,7 +179,7 @@ def open_objects(config, training: bool) -> tuple[ObjectIndex | None, ObjectInde
     Raises:
         UserError: something is missing, damaged or empty, has no object, or the splits have other classes.
     """
-    indexes = open_coco(config, ["train", "val"] if training else ["val"])
+    indexes = once_a_host(lambda: open_coco(config, ["train", "val"] if training else ["val"]))
     train, val = indexes.get("train"), indexes["val"]
     if not val.counts.any():
         raise UserError(f"{val.annotation_file} has no objects but crowds; label some, to evaluate with")
@@ -257,7 +279,7 @@ def keep_in_memory(config, *indexes: Index) -> None:
         if not isinstance(index, ImageIndex):
             raise UserError("DATA.CACHE_MODE is for folders and archives; leave it at no for a data set of timm's")
         try:
-            index.read_ahead(int(os.environ.get("LOCAL_RANK", 0)) % processes, processes)
+            index.read_ahead(local_rank() % processes, processes)
         except OSError as error:
             raise UserError(
                 f"DATA.CACHE_MODE {mode}: {error.filename or index.root} cannot be read: {error.strerror}"

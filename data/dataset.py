@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from data.augmentation import Plan
 from data.decoding import AS_PUBLISHED, BadImage, Decoding, decode_with_orientation
-from data.index import Index
+from data.index import ImageIndex, Index
 from data.ring import Ring, Slot
 from utils.errors import UserError
 from utils.files import reason_of
@@ -133,13 +133,14 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         """Make the item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
         epoch, i = key
-        seed_cpu(derive_seed(self.seed, "sample", epoch, i))
         look = epoch == 0  # how many are turned is told of the first epoch, so nobody need look for it later
         bad: list[str] = []
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
             try:
-                sample = self.sample(read_item(self.index, candidate), look)
+                raw = read_item(self.index, candidate)
+                seed_cpu(derive_seed(self.seed, "sample", epoch, i))  # only now: to read over a network may draw, too
+                sample = self.sample(raw, look)
             except BadImage as error:
                 bad.append(f"{self.index.name(candidate)}: {error}")
             except UserError as error:
@@ -186,6 +187,8 @@ class BatchDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, list[tuple[int, int]]]) -> HostBatch:
         number, keys = key
+        if isinstance(self.dataset.index, ImageIndex):
+            self.dataset.index.expect([i for _, i in keys])
         items = [self.dataset[image_key] for image_key in keys]
         if self.any_size:
             batch = collate_apart(items)

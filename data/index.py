@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -125,6 +125,10 @@ class ImageIndex(ABC):
         """
         return sum(len(self.read(i)) for i in range(part, len(self), parts))
 
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Get ready for images that are about to be read, in this process; nothing where they are at hand."""
+        return
+
     def rename_classes(self, names: list[str]) -> Self:
         """Copy the index, its classes called ``names``."""
         return self._copy(names, self.labels)
@@ -180,6 +184,35 @@ class Layout(ABC):
         """Name the classes, which is often possible without a scan."""
         return open_index(self, cache_dir).classes
 
+    def places(self, cache_dir: str) -> list[Path]:
+        """Say where the index may be kept: beside the data, or where :meth:`place_of_mine` is."""
+        beside = self.root / f".index-{self.name}.safetensors"
+        return [beside, self.place_of_mine(cache_dir, os.path.realpath(self.root))]
+
+    def place_of_mine(self, cache_dir: str, root: str) -> Path:
+        """Say where in ``cache_dir``, or the user's own when empty, the index of the data in ``root`` is kept."""
+        digest = hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest()
+        return folder_of_mine(cache_dir) / f"index-{digest}-{self.name}.safetensors"
+
+    def stamp(self, path: Path) -> list:
+        """Note what changes when a file, or the list of files in a folder, does; or when a new one appears.
+
+        Returns:
+            its path relative to the root, a time in nanoseconds, and its size.
+        """
+        try:
+            status = path.stat()
+        except OSError:
+            return [os.path.relpath(path, self.root), 0, -1]
+        size = 0 if path.is_dir() else status.st_size
+        return [os.path.relpath(path, self.root), status.st_mtime_ns, size]
+
+
+def folder_of_mine(cache_dir: str) -> Path:
+    """Give the folder below ``cache_dir`` (empty for the user's own) for what can be made again."""
+    cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "crossformer-trainer"
+
 
 def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
     """Open the index of a layout: the one that is kept if the data has not changed since, else a new one.
@@ -189,7 +222,7 @@ def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
     Raises:
         UserError: from the scan, or neither place can be written.
     """
-    files = _places(layout, cache_dir)
+    files = layout.places(cache_dir)
     index, _ = _kept(layout, files)
     if index:
         return index
@@ -203,13 +236,6 @@ def open_index(layout: Layout, cache_dir: str) -> ImageIndex:
 def order(names: list[bytes], labels: np.ndarray) -> np.ndarray:
     """Give the permutation that sorts images by class, then by name: the same for every layout of the same images."""
     return np.lexsort((np.array(names, dtype=bytes), labels))
-
-
-def _places(layout: Layout, cache_dir: str) -> list[Path]:
-    cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.blake2b(os.fsencode(layout.root.resolve()), digest_size=8).hexdigest()
-    name = f"{layout.name}.safetensors"
-    return [layout.root / f".index-{name}", cache / "crossformer-trainer" / f"index-{digest}-{name}"]
 
 
 def _build(layout: Layout, files: list[Path]) -> ImageIndex:
@@ -234,7 +260,7 @@ def _build(layout: Layout, files: list[Path]) -> ImageIndex:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
         else:
-            return _load(layout.index_class, layout.root, file)[0]
+            return load_index(layout.index_class, layout.root, file)[0]
     raise UserError(f"the index cannot be kept ({'; '.join(problems)}); set DATA.CACHE_DIR to a folder with space")
 
 
@@ -244,7 +270,7 @@ def _save(layout: Layout, scan: Scan, began: float, file: Path) -> None:
         "kind": layout.index_class.__name__,
         "classes": json.dumps(scan.classes),
         "archives": json.dumps(scan.archives),
-        "sources": json.dumps([_stamp(path, layout.root) for path in scan.sources]),
+        "sources": json.dumps([layout.stamp(path) for path in scan.sources]),
         "left_out": json.dumps(scan.left_out),
         "began": str(began),
     }
@@ -259,7 +285,7 @@ def _checksum(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _load(
+def load_index(
     index_class: type[ImageIndex], root: Path, file: Path, checksum: str | None = None
 ) -> tuple[ImageIndex, dict[str, str]]:
     """Load the index in a file, and what is written beside it; with a ``checksum`` that has been verified, this one.
@@ -276,7 +302,8 @@ def _load(
             arrays = {key: content.get_tensor(key).numpy() for key in content.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"the index {file} is damaged ({error})") from error
-    if metadata.get("version") != VERSION or metadata.get("kind") != index_class.__name__:
+    kinds = {kind.__name__ for kind in index_class.__mro__}
+    if metadata.get("version") != VERSION or metadata.get("kind") not in kinds:
         raise ValueError(f"the index {file} is of another version")
     said = metadata.pop("checksum", "")
     if said != (checksum or _checksum(metadata, arrays)):
@@ -295,7 +322,7 @@ def _reopen(
     labels: np.ndarray | None,
 ) -> ImageIndex:
     try:
-        index = _load(index_class, root, file, checksum)[0]
+        index = load_index(index_class, root, file, checksum)[0]
     except (OSError, ValueError) as error:
         raise UserError(f"the index {file} was changed during the run; start again") from error
     return index._copy(classes, index.labels if labels is None else labels)
@@ -306,7 +333,7 @@ def _kept(layout: Layout, files: list[Path]) -> tuple[ImageIndex | None, list[st
     unusable = []
     for file in files:
         try:
-            index, metadata = _load(layout.index_class, layout.root, file)
+            index, metadata = load_index(layout.index_class, layout.root, file)
         except OSError:  # there is none
             continue
         except ValueError as error:
@@ -325,16 +352,7 @@ def _is_fresh(layout: Layout, index: ImageIndex, metadata: dict[str, str]) -> bo
         return False
     if index.archives != [os.path.relpath(path, layout.root) for path in layout.archives]:
         return False
-    return all(stamp == _stamp(layout.root / stamp[0], layout.root) for stamp in sources)
-
-
-def _stamp(path: Path, root: Path) -> list:
-    """Note what changes when a file, or the list of files in a folder, does; or when one appears that was not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return [os.path.relpath(path, root), 0, -1]
-    return [os.path.relpath(path, root), status.st_mtime_ns, 0 if path.is_dir() else status.st_size]
+    return all(stamp == layout.stamp(Path(layout.root, stamp[0])) for stamp in sources)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def find_layout(root: Path, split: str, layout: str) -> Layout | None:
     return None
 
 
-def missing(root: Path, split: str, layout: str) -> UserError:
+def missing(root: Path | str, split: str, layout: str) -> UserError:
     """Say that there is no such split."""
     names = LAYOUTS if layout == "auto" else [layout]
     expected = ", ".join(EXPECTED[name].format(split=split) for name in names)
@@ -70,7 +70,7 @@ def _official(root: Path, split: str) -> Layout | None:
 
 def _tar(root: Path, split: str) -> Layout | None:
     official = (imagenet.TRAIN, imagenet.VAL)
-    archives = tars_in(root / split) or tars_in(root, lambda name: name not in official and split in _words(name))
+    archives = tars_in(root / split) or tars_in(root, lambda name: name not in official and split in words_of(name))
     return TarLayout(root, split, archives) if archives else None
 
 
@@ -88,7 +88,7 @@ def tars_in(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> 
     return [folder / name for name in sorted(names()) if wanted(name)]
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
     """Split ``imagenet1k-train-0001.tar`` into imagenet1k, train, tar."""
     return re.split(r"[-_.{}0-9]+", name)
 

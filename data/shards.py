@@ -31,6 +31,7 @@ from data.folder import FileIndex
 from data.index import Index
 from data.pair_tar import LABELS
 from data.pairs import LabelMaps, decode_labels
+from data.remote import Store
 from data.sampling import epoch_order
 from utils.errors import UserError
 from utils.files import reason_of, remove_temporaries, replacing, writing
@@ -44,6 +45,8 @@ TASKS_AHEAD = 4
 LONGEST_PLAIN_NAME = 60
 """A header in a tar file holds 100 bytes of a name, the folders included."""
 SECONDS_TO_WAIT_FOR_LOCK = 5
+SETTINGS = "prepare.json"
+"""Holds what the shards were made with."""
 CARRIES_ON = "the same command carries on"
 KILLED = f"a process was killed (out of memory?); {CARRIES_ON}"
 
@@ -95,23 +98,39 @@ class Prepared(NamedTuple):
     beside: tuple[tuple[str, bytes], ...] = ()
 
 
+def begin_in_store(store: Store, settings: dict[str, Any]) -> None:
+    """The same as :func:`begin` in object storage.
+
+    Raises:
+        UserError: it holds something else, or cannot be written.
+    """
+    there = store.files("")
+    if SETTINGS in there:
+        check_begun(json.loads(store.read(SETTINGS)), settings, store.url)
+    elif there:
+        raise UserError(f"OUT {store.url} is not empty and was not begun by this script; choose another place")
+    else:
+        store.write(SETTINGS, json.dumps(settings, indent=1).encode())
+
+
+def check_begun(begun: dict[str, Any], settings: dict[str, Any], out: Path | str) -> None:
+    """Refuse to carry on with other settings."""
+    begun = {"upright": False, "white": 0.0, "task": "classification"} | begun  # older ones knew of nothing else
+    for key in settings:
+        if begun.get(key) != settings[key]:
+            raise UserError(f"{out} was begun with {key} {begun.get(key)}, not {settings[key]}; choose another OUT")
+
+
 def begin(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder ``out``, or see that it was begun with the same settings.
 
     Raises:
         UserError: it holds something else, or cannot be written.
     """
-    path = out / "prepare.json"
+    path = out / SETTINGS
     try:
         if path.exists():
-            begun = {"upright": False, "white": 0.0, "task": "classification"} | json.loads(
-                path.read_text()
-            )  # older ones knew of nothing else
-            for key in settings:
-                if begun.get(key) != settings[key]:
-                    raise UserError(
-                        f"{out} was begun with {key} {begun.get(key)}, not {settings[key]}; choose another OUT"
-                    )
+            check_begun(json.loads(path.read_text()), settings, out)
         elif out.exists() and any(out.iterdir()):
             raise UserError(f"OUT {out} is not empty and was not begun by this script; choose another folder")
         else:
@@ -155,10 +174,10 @@ def folders_of(classes: list[str], zipped: bool) -> list[str]:
 # ---- Files
 
 
-def write_shards(split: Split, out: Path, size: int, workers: int) -> Iterator[Made]:
+def write_shards(split: Split, out: Path, size: int, workers: int, store: Store | None = None) -> Iterator[Made]:
     """Write ``out/SPLIT/SPLIT-00000.tar`` and so on, of ``size`` images each, in an order that mixes the classes.
 
-    Each process makes whole shards.
+    Each process makes whole shards. With a ``store`` each goes there as soon as it is whole, and ``out`` is emptied.
     """
     order = epoch_order(0, 0, len(split.index))
     paths = {
@@ -167,12 +186,13 @@ def write_shards(split: Split, out: Path, size: int, workers: int) -> Iterator[M
     }
     with writing(out / split.name, CARRIES_ON):
         (out / split.name).mkdir(exist_ok=True)
-    with forked(partial(write_shard, split), workers, KILLED) as submit:
-        for task in as_completed([submit(shard) for shard in paths.items() if not shard[0].exists()]):
+    there = set(store.files(split.name)) if store else {path.name for path in paths if path.exists()}
+    with forked(partial(write_shard, split, store), workers, KILLED) as submit:
+        for task in as_completed([submit(shard) for shard in paths.items() if shard[0].name not in there]):
             yield task.result()
 
 
-def write_shard(split: Split, shard: tuple[Path, list[int]]) -> Made:
+def write_shard(split: Split, store: Store | None, shard: tuple[Path, list[int]]) -> Made:
     """Write one tar file of the images with these numbers."""
     path, numbers = shard
     made = Made()
@@ -188,6 +208,9 @@ def write_shard(split: Split, shard: tuple[Path, list[int]]) -> Made:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
             made += count(image)
+    if store:
+        store.put(path, f"{split.name}/{path.name}")
+        path.unlink()
     return made
 
 

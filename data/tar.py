@@ -34,10 +34,17 @@ class TarIndex(ArchiveIndex):
         Raises:
             UserError: the archive does not fit the index.
         """
-        data = self.bytes_at(i, offset - BLOCK, BLOCK + length)
-        if len(data) < BLOCK + length or _size(data) != length:
+        return self.content(i, self.bytes_at(i, offset - BLOCK, BLOCK + length), length)
+
+    def content(self, i: int, member: bytes, length: int) -> bytes:
+        """Take the content off a member of image ``i``'s archive, header and all.
+
+        Raises:
+            UserError: the archive does not fit the index.
+        """
+        if len(member) < BLOCK + length or _size(member) != length:
             raise self.misfit(i)
-        return data[BLOCK:]
+        return member[BLOCK:]
 
     def member(self, i: int) -> str:
         header = self.bytes_at(i, int(self._offset[i]) - BLOCK, BLOCK)
@@ -75,8 +82,8 @@ class TarLayout(Layout):
     def scan(self) -> Scan:
         members = Members(self.root, self.archives)
         labelled = unlabelled = ""  # the first image of each kind
-        for number, path in enumerate(self.archives):
-            for image in read_images(path, members.left_out):
+        for number, (path, images) in enumerate(zip(self.archives, self.listed(members.left_out), strict=True)):
+            for image in images:
                 if image.label:
                     labelled = labelled or f"{path}:{image.name}"
                 else:
@@ -98,6 +105,12 @@ class TarLayout(Layout):
             classes = [str(i) for i in range(max(map(int, classes)) + 1)]
         return members.scan(classes, *self._folder_of_shards(members.left_out))
 
+    def listed(self, left_out: Counter[str]) -> Iterator[list[TarredImage]]:
+        """List the images of each archive, and count in ``left_out`` what else is in them."""
+        for path in self.archives:
+            with open_tar(path) as file:
+                yield images_in(file, path, left_out)
+
     def _folder_of_shards(self, left_out: Counter[str]) -> list[Path]:
         """Find the folder that only has this split's shards, if there is one, and count what else lies in it."""
         folder = self.archives[0].parent
@@ -111,8 +124,8 @@ class TarLayout(Layout):
         return [folder]
 
 
-def read_images(path: Path, left_out: Counter[str]) -> list[TarredImage]:
-    """List the images of a tar in their order, each with its label where the tar has labels.
+def images_in(file: BinaryIO, path: Path, left_out: Counter[str]) -> list[TarredImage]:
+    """List the images of an open tar in their order, each with its label where the tar has labels.
 
     The label of ``photo.000.jpg`` is in ``photo.000.cls``, or in ``photo.cls``: WebDataset takes a name up to its first
     dot as the key that a sample's files share, others the name up to its last. The longest key that fits counts, and
@@ -123,15 +136,14 @@ def read_images(path: Path, left_out: Counter[str]) -> list[TarredImage]:
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, tuple[str, str]] = {}  # by key: the file's name and the class
-    with open_tar(path) as file:
-        for name, member in members_once(file, path, lambda name: is_image(name) or _is_label(name), left_out):
-            if is_image(name):
-                images[name] = member.offset_data, member.size
-                continue
-            stem = _stem(name)
-            if stem in labels:
-                raise UserError(f"{path} holds two labels of one image, {labels[stem][0]} and {name}; remove one")
-            labels[stem] = name, _class_number(file, member, path)
+    for name, member in members_once(file, path, lambda name: is_image(name) or _is_label(name), left_out):
+        if is_image(name):
+            images[name] = member.offset_data, member.size
+            continue
+        stem = _stem(name)
+        if stem in labels:
+            raise UserError(f"{path} holds two labels of one image, {labels[stem][0]} and {name}; remove one")
+        labels[stem] = name, _class_number(file, member, path)
     image_of: dict[str, str] = {}
     found = []
     for name, (offset, length) in images.items():
@@ -172,11 +184,22 @@ def open_tar(path: Path) -> BinaryIO:
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    magic = file.read(6)
-    if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+    try:
+        check_uncompressed(file, path)
+    except UserError:
         file.close()
-        raise UserError(f"{path} is compressed, which rules out reading single images; decompress it first")
+        raise
     return file
+
+
+def check_uncompressed(file: BinaryIO, path: Path) -> None:
+    """Refuse what cannot be read in pieces.
+
+    Raises:
+        UserError: the file is compressed.
+    """
+    if file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise UserError(f"{path} is compressed, which rules out reading single images; decompress it first")
 
 
 def members_once(
@@ -234,6 +257,8 @@ def _read_to_end_mark(file: BinaryIO, path: Path, start: int, end: int) -> Gener
         try:
             tar = tar or tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape")
             member = tar.next()
+        except UserError:
+            raise
         except Exception as error:  # the module fails in arbitrary ways on arbitrary bytes
             raise damaged(str(error) or type(error).__name__) from error
         if member is None:
@@ -282,7 +307,8 @@ def _is_file(member: tarfile.TarInfo, path: Path) -> bool:
 
 def _wordnet_id(path: Path) -> str:
     """Take the class from the name of a tar out of the official archive, which holds one for each class."""
-    return path.stem if re.fullmatch(r"n\d{8}", path.stem) else ""
+    stem = Path(path).stem
+    return stem if re.fullmatch(r"n\d{8}", stem) else ""
 
 
 def _class_number(file: BinaryIO, member: tarfile.TarInfo, path: Path) -> str:

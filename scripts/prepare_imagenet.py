@@ -11,6 +11,7 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.filesize import decimal
 
@@ -20,7 +21,8 @@ from config import CLASSES, PIXELS, build_config
 from data.build import open_images, open_pairs
 from data.decoding import build_decoding
 from data.files import describe_left_out
-from data.shards import Made, Recipe, Split, alone, begin, folders_of, write_shards, write_zip
+from data.remote import Store, is_url, is_web, publish_index
+from data.shards import Made, Recipe, Split, alone, begin, begin_in_store, folders_of, write_shards, write_zip
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.files import write_whole, writing
@@ -35,7 +37,9 @@ SETTINGS = ("DATA.UPRIGHT", "DATA.MAX_PIXELS", "DATA.WHITE")
 def parse(arguments: list[str]) -> Namespace:
     p = Parser(prog="scripts/prepare_imagenet.py", description=__doc__, allow_abbrev=False)
     p.add_argument("source", metavar="SOURCE", type=a_path, help="folder of the data set")
-    p.add_argument("out", metavar="OUT", type=a_path, help="folder to write to, a new one or one that was begun")
+    p.add_argument(
+        "out", metavar="OUT", help="folder to write to, or s3://BUCKET/FOLDER; a new one or one that was begun"
+    )
     p.add_argument("--format", default="auto", help="layout of SOURCE, as DATA.FORMAT; default: %(default)s")
     p.add_argument("--task", choices=(CLASSES, PIXELS), default=CLASSES, help="default: %(default)s")
     p.add_argument("--zip", action="store_true", help="write train.zip, train_map.txt and val in place of shards")
@@ -55,7 +59,12 @@ def parse(arguments: list[str]) -> Namespace:
         raise UserError(f"--opts {unused[0]} changes nothing here; what does is {', '.join(SETTINGS)}")
     if given.task == PIXELS and (given.zip or given.format != "auto"):
         raise UserError("--zip and --format are for classification; leave them out with --task segmentation")
-    if given.out.resolve().is_relative_to(given.source.resolve()):
+    if is_url(given.out):
+        if given.zip or given.task == PIXELS:
+            raise UserError(f"OUT {given.out}: to object storage go the shards of images with classes; give a folder")
+        if is_web(given.out):
+            raise UserError(f"OUT {given.out}: a web server is only read from; give a folder, and serve that")
+    elif a_path(given.out).resolve().is_relative_to(given.source.resolve()):
         raise UserError(f"OUT {given.out} lies in SOURCE {given.source}; give a folder outside it")
     return given
 
@@ -76,25 +85,38 @@ def prepare(arguments: list[str]) -> None:
         "short_side": given.short_side, "quality": given.quality, "upright": recipe.decoding.upright,
         "white": recipe.decoding.white, "task": given.task,
     }  # fmt: skip
-    begin(given.out, settings)
-    if given.task == PIXELS:
-        with writing(given.out / "classes.txt", "choose another OUT"):
-            write_whole(given.out / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
     if left_out := describe_left_out({"train": train, "val": val}):
         print(left_out)
+    if is_url(given.out):
+        store = Store(given.out)
+        begin_in_store(store, settings)
+        with TemporaryDirectory() as staging:
+            write_splits(given, splits, Path(staging), store)
+        publish_index(store)
+    else:
+        out = a_path(given.out)
+        begin(out, settings)
+        if given.task == PIXELS:
+            with writing(out / "classes.txt", "choose another OUT"):
+                write_whole(out / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+        write_splits(given, splits, out, None)
+    name = "segmentation/upernet_small" if given.task == PIXELS else "small"
+    print(f"\nTrain on it:\n    python main.py --cfg configs/{name}.yaml --data-path {given.out}")
+
+
+def write_splits(given: Namespace, splits: list[Split], out: Path, store: Store | None) -> None:
+    """Write what is not there yet, and say how much that was."""
     for split in splits:
-        with alone(given.out):
+        with alone(out):
             if given.zip:
-                parts = write_zip(split, given.out, given.workers)
+                parts = write_zip(split, out, given.workers)
             else:
-                parts = write_shards(split, given.out, given.images_per_shard, given.workers)
+                parts = write_shards(split, out, given.images_per_shard, given.workers, store)
             parts = with_progress(parts, split.name, len(split.index), lambda made: made.images + len(made.skipped))
             total = sum(parts, Made())
         for line in total.skipped:
             print(f"left out: {printable(line)}")
         print(f"{split.name}: {total.images:,} images written now, {decimal(total.before)} -> {decimal(total.after)}")
-    name = "segmentation/upernet_small" if given.task == PIXELS else "small"
-    print(f"\nTrain on it:\n    python main.py --cfg configs/{name}.yaml --data-path {given.out}")
 
 
 main = partial(run_command, prepare, stopped="stopped; the same command carries on")

@@ -36,7 +36,8 @@ LESS_OBJECTS = (*LESS_PIXELS, "AUG.RESIZE", "[96, 64]", "TEST.RESIZE", "[96, 64]
 OF_DETECTION = re.compile(r"detection/|mask_rcnn|retinanet")
 
 STAND_INS = {
-    "swin_tiny_patch4_window7_224": "resnet10t", "resnet18": "resnet10t", "default": "none", "WORD": "resume",
+    "swin_tiny_patch4_window7_224": "resnet10t", "vit_giant_patch14_224": "resnet10t", "resnet18": "resnet10t",
+    "default": "none", "WORD": "resume",
 }  # fmt: skip
 """For a model and a mode of torch.compile that would take minutes, and for what the reader puts in."""
 SHORTER = {
@@ -67,11 +68,13 @@ def place(tmp_path_factory) -> Path:
         if path.name not in ("output", "quickstart", "docs") and not path.name.startswith("."):
             (root / path.name).symlink_to(path)
     (root / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "performance.md", root / "docs")
     for path in sorted(write_digits(root / "imagenet" / "train", 136).rglob("*.png"))[::4]:
         moved = root / "imagenet" / "val" / path.relative_to(root / "imagenet" / "train")
         moved.parent.mkdir(parents=True, exist_ok=True)
         path.rename(moved)
     start("scripts/prepare_imagenet.py", "imagenet", "zips", "--zip", cwd=root).check_returncode()
+    start("scripts/prepare_imagenet.py", "imagenet", "bucket", "--short-side", "320", cwd=root).check_returncode()
     for path in (root / "zips").glob("*_map.txt"):
         shutil.copy(path, root / "imagenet")
         shutil.copy(path.with_name(path.name.replace("_map.txt", ".zip")), root / "imagenet")
@@ -119,6 +122,7 @@ def in_place(words: list[str], place: Path) -> list[str]:
     absolute |= {"/coco": "coco", "/bccd": "coco", "/nuclei": "coco"}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
+    absolute |= {"s3://bucket/imagenet": "bucket"}  # test_remote.py has a real one
     words = [str(place / absolute[word]) if word in absolute else word for word in words]
     words = [STAND_INS.get(word, word) for word in words]
     return [SHORTER.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)]
@@ -179,6 +183,8 @@ SCRIPTS = [
 def test_commands_of_scripts(place, command):
     if "--prepared" in command:
         run("scripts/prepare_imagenet.py /imagenet /shards --short-side 320 --quality 92".split(), place)
+    if command[:2] == ["scripts/benchmark.py", "report"]:
+        run("scripts/benchmark.py model --output output/gpu_report/eager".split(), place)
     run(command, place)
 
 
