@@ -1,0 +1,76 @@
+"""Runs on a real Slurm of two hosts: started by srun itself, warned, queued again."""
+
+import re
+import subprocess
+import time
+
+import pytest
+from conftest import ROOT, TINY_RUN
+from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
+from slurm import Slurm, can_have_slurm
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(can_have_slurm()), reason=can_have_slurm())]
+FLAGS = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "12", "TRAIN.EVAL_EVERY_EPOCHS", "12", "--batch-size", "6")
+SRUN = ("srun", "-N2", "--ntasks-per-node", "1")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, digits) -> dict:
+    """What two processes on one host end with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    undisturbed_run(folder, *FLAGS, "--data-path", digits, nproc=2)
+    return checkpoint(folder, "run")
+
+
+def test_srun_starts_one_run(slurm, tmp_path, digits, undisturbed):
+    said = Run(tmp_path, *FLAGS, "--data-path", digits, inside=(*slurm.enter("hosta"), *SRUN)).finish()
+    assert "2 x CPU" in said
+    assert_same_run(undisturbed, checkpoint(tmp_path, "run"))
+
+
+def test_a_warning_saves_and_the_same_command_carries_on(slurm, tmp_path, digits, undisturbed):
+    run = Run(tmp_path, *FLAGS, "--data-path", digits, inside=(*slurm.enter("hosta"), *SRUN))
+    assert run.wait_for("step 20/72")
+    number = slurm.on("hosta", "squeue", "-h", "-o", "%i").split()[0]
+    slurm.on("hosta", "scancel", "--signal=USR1", f"{number}.0")
+    assert "stopped by SIGUSR1 after step" in run.finish()
+    said = Run(tmp_path, *FLAGS, "--data-path", digits, inside=(*slurm.enter("hosta"), *SRUN)).finish()
+    assert "carrying on from" in said
+    assert_same_run(undisturbed, checkpoint(tmp_path, "run"))
+
+
+def test_a_job_that_queues_itself_again(slurm, tmp_path, digits, undisturbed):
+    """Warned by hand, as Slurm warns it before its time is up."""
+    flags = (*FLAGS, "--data-path", digits, "--output", tmp_path / "output")
+    words = ("--nodes", "2", "--time", "10", "--sbatch", f"--output={tmp_path}/job.log", "--", *flags)
+    said = slurm.on("hosta", "bash", "scripts/slurm.sh", *words, cwd=ROOT)
+    number = re.search(r"Submitted batch job (\d+)", said)[1]
+    log = tmp_path / "job.log"
+
+    def wait_for(true, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, log.read_text() if log.exists() else slurm.job(number)
+            time.sleep(0.2)
+
+    wait_for(lambda: log.exists() and "step 20/72" in log.read_text(), 120)
+    slurm.on("hosta", "scancel", "--batch", "--signal=USR1", number)
+    wait_for(lambda: slurm.job(number)["JobState"] == "COMPLETED", 400)
+    assert slurm.job(number)["Restarts"] == "1"
+    assert "stopped by SIGUSR1 after step" in log.read_text()
+    assert "carrying on from" in log.read_text()
+    assert_same_run(undisturbed, checkpoint(tmp_path, "run"))
+
+
+def test_what_srun_lacks_is_said(slurm):
+    """As where a container does not keep Slurm's variables."""
+    command = [*slurm.enter("hosta"), *SRUN, "env", "-u", "SLURM_LOCALID", "python", "main.py", "--throughput"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "srun has started 2 tasks but SLURM_LOCALID is not set: they cannot form one group" in done.stderr
