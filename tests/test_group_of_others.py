@@ -19,6 +19,7 @@ def test_the_wrapper_for_ray(digits, tmp_path):
         done = start(script, *FLAGS, "--data-path", digits, "--output", tmp_path / name, nproc=2)
         assert done.returncode == 0, done.stdout + done.stderr
         path = tmp_path / name / "crossformer_micro" / "run" / "checkpoints" / "last.pth"
+        assert path.exists(), done.stdout + done.stderr
         checkpoints.append(torch.load(path, weights_only=True))
     for line in ("error: unknown flag --nonsense; did you mean --seed?\n", "threads: ['MainThread']\n"):
         assert done.stdout.count(line) == 2, done.stdout

@@ -155,6 +155,7 @@ def test_bad_images_and_bad_commands(source, tmp_path):
     for arguments, message in {
         (data, out, "--short-side", 31): f"{out} was begun with short_side 30, not 31; choose another OUT",
         (data, data / "out"): "lies in SOURCE",
+        (data, "https://host/shards"): "a web server is only read from",
         (data, source): "is not empty and was not begun by this script",
         (data, tmp_path / "new", "--quality", 0): "--quality must lie between 1 and 100",
         (data, tmp_path / "new", "--short", 3): "unrecognized arguments: --short",

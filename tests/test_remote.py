@@ -14,6 +14,7 @@ from commands import start
 from conftest import TINY_RUN, assert_same_tensors
 from make_layouts import as_shards
 from object_storage import ObjectStorage, SlowProxy, WebServer, program
+from PIL import Image
 
 from config import build_config
 from data import remote
@@ -291,24 +292,59 @@ def test_training_from_s3(tmp_path, storage, on_disk):
         assert_same_tensors(from_disk["optimizer"], other["optimizer"])
 
 
+def write_photos(root: Path) -> Path:
+    """240 JPEGs as large as ImageNet's, and a few to evaluate."""
+    rng = np.random.RandomState(0)
+    for split, count in (("train", 240), ("val", 8)):
+        for i in range(count):
+            path = root / split / str(i % 4) / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.randint(0, 256, (60, 80, 3), np.uint8))
+            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    return root
+
+
+def images_per_second(path: object, *opts: object) -> float:
+    """Of a loader with two processes, once they have begun."""
+    loaders = Classification(config_of(path, "DATA.NUM_WORKERS", 2, "DATA.IMG_SIZE", 224, *opts), CPU).train_loaders()
+    batches = iter(loaders.train.micro_batches(0, 120))
+    for _ in range(20):
+        next(batches)
+    began = time.monotonic()
+    return sum(len(batch.images) for batch in batches) / (time.monotonic() - began)
+
+
 @pytest.mark.slow
 @needs_server
-def test_a_slow_network(storage, on_disk, monkeypatch):
-    """Each piece comes 20 ms late: what the loader waits for is asked for together."""
+def test_a_slow_network(storage, tmp_path, monkeypatch):
+    """Each piece comes 20 ms late: what a loader process needs for a batch is asked for together."""
     for key, value in storage.environment.items():
         monkeypatch.setenv(key, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos, url = write_photos(tmp_path / "photos"), storage.url.replace("imagenet", "photos")
+    for out in (tmp_path / "shards", url):
+        words = ("scripts/prepare_imagenet.py", photos, out, "--images-per-shard", "60", "--workers", "2")
+        start(*words, fresh=True, **storage.environment).check_returncode()
     with SlowProxy(storage.port, 0.02) as proxy:
         # What the variable says, which was read when fsspec was imported
-        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{proxy.port}"})
-        index = open_images(config_of(storage.url), training=True)[0]
+        near, far = ({"endpoint_url": f"http://127.0.0.1:{port}"} for port in (storage.port, proxy.port))
+        monkeypatch.setitem(fsspec.config.conf, "s3", far)
+        index = open_images(config_of(url), training=True)[0]
         index.read(0)
         began = time.monotonic()
         index.expect(range(len(index)))
         data = [index.read(i) for i in range(len(index))]
-        together = time.monotonic() - began
-    local = open_images(config_of(on_disk), training=True)[0]
+        assert time.monotonic() - began < 0.02 * len(index)
+        rates = {"disk": images_per_second(tmp_path / "shards")}
+        for name, server in (("S3", near), ("S3, 20 ms late", far)):
+            monkeypatch.setitem(fsspec.config.conf, "s3", server)
+            rates[name] = images_per_second(url)
+        for name in ("", "kept here"):
+            rates[name] = images_per_second(url, "DATA.CACHE_GB", 1)
+        del rates[""]  # which has fetched them
+    local = open_images(config_of(tmp_path / "shards"), training=True)[0]
     assert data == [local.read(i) for i in range(len(local))]
-    print(f"{len(index) / together:.0f} images/s")
+    print(", ".join(f"{name}: {rate:.0f} images/s" for name, rate in rates.items()))
 
 
 @needs_server

@@ -4,6 +4,7 @@ import pytest
 import test_detection as detection
 import test_segmentation as segmentation
 import torch
+from conftest import quick
 from runs import Run, assert_same_run, undisturbed_run
 
 TASKS = {
@@ -13,7 +14,7 @@ TASKS = {
 """Networks, their flags and the fixture of their data."""
 
 
-@pytest.mark.parametrize("network", TASKS)
+@pytest.mark.parametrize("network", quick(TASKS, ["semantic_fpn_crossformer_micro"]))
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_killed_and_carried_on(request, tmp_path, workers, network):
     words, data = TASKS[network]

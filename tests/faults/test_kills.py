@@ -63,6 +63,7 @@ def undisturbed(tmp_path_factory, digits) -> dict:
     return checkpoint(folder, "run")
 
 
+@pytest.mark.slow  # test_ranks_that_start_again_ignore_what_the_lost_ones_left takes less time
 def test_torchrun_restarts_a_run_that_lost_a_rank(tmp_path, digits, undisturbed):
     run = Run(tmp_path, *TWO, "--data-path", digits, launcher=(*TORCHRUN, "--max-restarts", "2"))
     assert run.wait_for("step 20/72")
