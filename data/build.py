@@ -107,6 +107,8 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
 def _open_images(config, training: bool) -> tuple[ImageIndex | None, ImageIndex, list[str]]:
     find: Callable[[str], Layout | None]
     if is_url(config.DATA.DATA_PATH):
+        if config.DATA.FORMAT not in ("auto", "tar"):
+            raise UserError(f"DATA.FORMAT {config.DATA.FORMAT}: data at a URL are tar shards; leave it at auto")
         root: Path | str = config.DATA.DATA_PATH
         find = partial(find_remote_layout, Store(config.DATA.DATA_PATH))
     else:

@@ -27,7 +27,11 @@ TINY_RUN = (
 
 def quick(values: Iterable, those: Container) -> list:
     """The parameters of a test, of which only those are for the quick tier."""
-    return [value if value in those else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+    def slow(value):
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in those else slow(value) for value in values]
 
 
 def write_digits(folder: Path, count: int) -> Path:

@@ -98,6 +98,7 @@ def everything(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_says_what_it_leaves_out(everything):
     assert "data is left out: it needs --data-path" in (everything / "stdout").read_text()
     assert {path.stem for path in everything.glob("*.json")} == {
@@ -105,6 +106,7 @@ def test_all_says_what_it_leaves_out(everything):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_checkpoint(everything):
     assert len(figures(everything, "checkpoint")["seconds"]["loop with a save"]) == 1
     assert not (everything / "benchmark_checkpoint").exists()
@@ -114,6 +116,7 @@ def run_report(folder: Path, page: Path) -> subprocess.CompletedProcess:
     return run_benchmark("report", "--output", folder, "--page", page)
 
 
+@pytest.mark.slow
 def test_report(everything, tmp_path):
     """Twice, since what stood between the two comments is replaced."""
     folder, page = tmp_path / "figures", tmp_path / "page.md"
@@ -148,6 +151,7 @@ def test_report(everything, tmp_path):
         assert {line.count(" | ") for line in table} == {table[0].count(" | ")}
 
 
+@pytest.mark.slow
 def test_report_without_a_place_to_put_it(everything, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- gpu:begin -->\n")

@@ -69,7 +69,7 @@ def place(tmp_path_factory) -> Path:
             (root / path.name).symlink_to(path)
     (root / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "performance.md", root / "docs")
-    for path in sorted(write_digits(root / "imagenet" / "train", 136).rglob("*.png"))[::4]:
+    for path in sorted(write_digits(root / "imagenet" / "train", 88).rglob("*.png"))[::4]:
         moved = root / "imagenet" / "val" / path.relative_to(root / "imagenet" / "train")
         moved.parent.mkdir(parents=True, exist_ok=True)
         path.rename(moved)

@@ -191,6 +191,7 @@ def test_a_terminal_that_knows_few_letters(monkeypatch):
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="only root can be somebody else")
+@pytest.mark.slow
 def test_a_user_whom_nobody_knows(odd, trained, tmp_path_factory):
     """No HOME, no entry in the list of users, and data that cannot be written to."""
     for index in odd.glob(".index*"):

@@ -91,7 +91,7 @@ def compiled_equals_eager(name: str, backend: str, selective: bool = False, **ar
 @pytest.mark.parametrize(
     ("name", "selective", "depths"),
     [
-        ("crossformer_micro", True, (2, 1, 1)),
+        ("crossformer_micro", True, (1, 1)),
         pytest.param("crossformerpp_small", False, (1, 4), marks=pytest.mark.slow),
     ],
 )

@@ -217,6 +217,7 @@ def test_a_class_called_train(tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "source")
 
 
+@pytest.mark.slow
 def test_two_commands_do_not_share_a_folder(source, tmp_path):
     prepare(source, tmp_path / "out")
     handle = os.open(tmp_path / "out" / ".lock", os.O_RDWR)

@@ -127,6 +127,8 @@ def test_what_cannot_be_read_is_named(shards, tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UserError, match=message):
             open_images(config_of(path), training=True)
+    with pytest.raises(UserError, match="DATA.FORMAT zip: data at a URL are tar shards; leave it at auto"):
+        open_images(config_of(f"file://{shards}", "DATA.FORMAT", "zip"), training=True)
     (shards / "train" / "compressed.tar").write_bytes(b"\x1f\x8b" + bytes(10_000))
     with pytest.raises(UserError, match=r"train/compressed.tar is compressed"):
         open_images(config_of(f"file://{shards}"), training=True)

@@ -164,11 +164,10 @@ def stop_and_carry_on(tmp_path, digits, undisturbed, number, target, phase, work
 
 QUICK = [
     (signal.SIGTERM, "group", "training", 2),
-    (signal.SIGHUP, "torchrun", "evaluation", 0),
     (signal.SIGUSR1, "process", "index", 0),
     (signal.SIGINT, "launch.py", "waiting", 0),
 ]
-"""Each signal, phase, target and number of workers at least once."""
+"""A few; of SIGHUP test_a_terminal_that_is_closed tells."""
 
 ALL = [case for case in itertools.product(NUMBERS, TARGETS, PHASES, (0, 2)) if case not in QUICK]
 

@@ -121,6 +121,7 @@ def test_a_disk_without_a_byte_for_three_seconds(tmp_path, small_disk, digits, w
     assert_same_files(found, whole)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_removed_while_it_trains(tmp_path, digits):
     """It is made again, with the best weights, of which no later epoch is better: they stay as they are."""
     still = ("--opts", "TRAIN.EMA_DECAY", "0", "TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
