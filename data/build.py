@@ -98,7 +98,7 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
     if "/" in config.DATA.FORMAT:
         return _open_with_timm(config, _root(config, EXPECTED_IMAGES), training)
     train, val, classes = once_a_host(lambda: _open_images(config, training))
-    for index in (train, val):
+    for index in (val, train):  # the one that is read again and again first, should there not be room for both
         if isinstance(index, RemoteTarIndex) and config.DATA.CACHE_GB:
             index.cache_in(folder_of_mine(config.DATA.CACHE_DIR), int(1e9 * config.DATA.CACHE_GB))
     return train, val, classes

@@ -42,8 +42,8 @@ class ShardCache:
         self._lock = os.open(self.folder / MARKS, os.O_RDWR | os.O_CREAT, 0o644)
         with suppress(OSError):  # a file system without locks: nothing in it is ever removed then
             fcntl.flock(self._lock, fcntl.LOCK_SH)
-        if os.fstat(self._lock).st_size != 8 * len(length):
-            os.ftruncate(self._lock, 8 * len(length))
+        os.ftruncate(self._lock, 8 * len(length))
+        os.posix_fallocate(self._lock, 0, 8 * len(length))  # to write into a hole of a full disk would be a SIGBUS
         os.utime(self.folder / MARKS)
         self._marks = np.memmap(self.folder / MARKS, np.uint64, "r+", shape=(len(length),))
         self._others = make_room(folder, self.folder, int(length.sum()), limit)

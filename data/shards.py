@@ -107,7 +107,7 @@ def begin_in_store(store: Store, settings: dict[str, Any]) -> None:
     there = store.files("")
     if SETTINGS in there:
         check_begun(json.loads(store.read(SETTINGS)), settings, store.url)
-    elif there:
+    elif there or any(store.files(name) for name in ("train", "val")):
         raise UserError(f"OUT {store.url} is not empty and was not begun by this script; choose another place")
     else:
         store.write(SETTINGS, json.dumps(settings, indent=1).encode())

@@ -23,6 +23,8 @@ from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
 from utils.watchdog import Watchdog
 
+PATIENCE_WITH_SHARDS_SECONDS = 90
+"""So long a signal waits for the step where all ranks can save together: one alone has only its share."""
 RESCUE_SECONDS = 60
 """So long a GPU may take to hand over the state; then what hangs is the GPU."""
 
@@ -90,6 +92,8 @@ class Run:
         self.loader.skipped = carried.get("skipped_images", 0) * is_main()
         self.state.set_learning_rate(self.schedule(max(self.state.step - 1, 0)))
         self.stop.rescue, self.stop.say = self.rescue, self._say_and_close
+        if self.state.sharded:
+            self.stop.patience = PATIENCE_WITH_SHARDS_SECONDS
         if self.evaluation_is_due() and self.state.evaluated_step < self.state.step:
             self.evaluate()  # an earlier run stopped between a save and its evaluation
         elif carried.get("owed") or carried.get("owed_best"):

@@ -56,12 +56,14 @@ class StopRequest:
         rescue: saves what it can while the main thread is stuck; returns what to say. None before training begins.
         say: tells it to whoever watches.
         agreed_by_all: whether every rank knows of it.
+        patience: seconds that the main thread has to answer.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self.rescue: Callable[[], str] | None = None
         self.say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+        self.patience: float = PATIENCE_SECONDS
         self._handlers: dict[int, Any] = {}
         self._deferred = self._forking = False
         self.agreed_by_all = False
@@ -219,7 +221,7 @@ class StopRequest:
         first, ending = None, False
         while True:
             waits = not ending and not self._answered.is_set()
-            left = max(0.0, first + PATIENCE_SECONDS - time.monotonic()) if first is not None and waits else None
+            left = max(0.0, first + self.patience - time.monotonic()) if first is not None and waits else None
             if not select.select([self._wake_up], [], [], left)[0]:
                 if not self._answered.is_set():
                     ending = True

@@ -56,7 +56,7 @@ shift
 [ "$nodes" -gt 0 ] || fail "--nodes must be at least 1"
 [ -n "$container" ] && python=python || python=$(command -v python || command -v python3) || fail "there is no python here"
 
-start=(srun)
+start=(srun --wait=600) # seconds, from when a task has ended until the others are made to
 case $container in
 '') run=("$python") ;;
 *.sif) run=(apptainer exec $([ "$gpus" -gt 0 ] && echo --nv) --bind "$(IFS=, && echo "${mounts[*]}")" "$container" "$python") ;;
@@ -69,6 +69,7 @@ esac
 tag='' before=''
 for word; do
     [ "$before" = --tag ] && tag=$word
+    [[ $word = --tag=* ]] && tag=${word#*=}
     before=$word
 done
 
@@ -84,6 +85,8 @@ job() {
     fi
     [ -n "$more" ] && echo "#SBATCH $more"
     printf 'cd %q || exit 2\n' "$checkout"
+    # What a task may use of a node is not handed on by itself
+    printf '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n'
     printf 'job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID} warned=\n'
     printf '# Slurm warns this script; it asks the processes to save, which end then\n'
     printf "trap 'warned=yes; scancel --signal=USR1 \"\$job\"' USR1\n"
@@ -100,13 +103,21 @@ if [ -n "\$warned" ]; then # which has ended the wait, unless the step had just 
     after=\$?
     [ "\$after" = 127 ] || status=\$after
 fi
-# 3: a process was lost, or hung. An error of the user's (2) would come again
-if [ -n "\$warned" ] || [ "\$status" = 3 ]; then
-    if [ "\${SLURM_RESTART_COUNT:-0}" -lt $restarts ]; then
-        scontrol requeue "\$job"
-        sleep 60 # Slurm ends this one
+# Before a job that has to make room is ended, its processes are asked to, and this script is not
+scontrol show job "\$job" | grep -q 'PreemptTime=[0-9]' && warned=yes
+# The highest of all tasks. 3: a process was lost, or hung; from 128 on one was killed, 143 by srun after the end of
+# another. An error of the user's (2) would come again
+if [ -n "\$warned" ] || [ "\$status" = 3 ] || { [ "\$status" -ge 128 ] && [ "\$status" != 143 ]; }; then
+    if [ "\${SLURM_RESTART_COUNT:-0}" -ge $restarts ]; then
+        echo "not queued again: that was done $restarts times (--restarts)" >&2
+        exit 1
     fi
-    echo "not queued again: that was done $restarts times (--restarts)" >&2
+    for try in 1 2 3 4 5; do
+        scontrol requeue "\$job" && sleep 600 # Slurm ends this one
+        sleep 20
+    done
+    echo "Slurm does not queue this job again; submit it once more to carry on" >&2
+    exit 1
 fi
 exit "\$status"
 JOB

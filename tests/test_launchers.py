@@ -1,8 +1,14 @@
 """What Slurm, MPI and others say of a group of processes, and what is made of it."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
-from commands import start
+from commands import environments_of_ranks, start
+from conftest import ROOT, TINY_RUN
 
 from utils import distributed
 from utils.errors import UserError
@@ -20,9 +26,9 @@ MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRA
 
 
 def understood(environment: dict[str, str]) -> dict[str, str]:
-    before = dict(environment)
-    understand_launcher(environment)
-    return {key: value for key, value in environment.items() if before.get(key) != value}
+    after = dict(environment)
+    understand_launcher(after)
+    return {key: value for key, value in after.items() if environment.get(key) != value}
 
 
 def test_what_each_launcher_says():
@@ -30,10 +36,12 @@ def test_what_each_launcher_says():
     assert understood(SLURM) == {
         "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu007", "MASTER_PORT": port,
     }  # fmt: skip
-    assert understood({**OPEN_MPI}) == {
+    assert understood(OPEN_MPI) == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
     }  # fmt: skip
-    assert understood({**MPICH}) == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    assert understood(MPICH) == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}
+    by_mpirun = {**SLURM, **OPEN_MPI}  # whose daemon srun has started
+    assert understood(by_mpirun)["RANK"] == "3"
     job = understood({**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     assert "MASTER_ADDR" not in job
     assert "MASTER_PORT" not in job
@@ -45,7 +53,16 @@ def test_a_process_that_is_alone():
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     alone = {**SLURM, "SLURM_NTASKS": "1"}
     for environment in ({}, batch_script, {**SLURM, **torchrun}, alone, {"RANK": "0", "WORLD_SIZE": "1"}):
-        assert understood({**environment}) == {}
+        assert understood(environment) == {}
+
+
+PLACES = {"aabb": 2, "aab": None, "abab": None, "aaab": None, "abb": None, "ab": 1, "aa": 2, "": None}
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_hosts_with_as_many_processes(monkeypatch, places):
+    monkeypatch.setattr(distributed, "_places", [*places])
+    assert distributed.processes_of_each_host() == PLACES[places]
 
 
 INCOMPLETE = {
@@ -114,3 +131,20 @@ def test_what_is_an_error_of_the_network():
     assert distributed.is_of_the_network(RuntimeError("[../gloo/transport/tcp/pair.cc:538] Connection closed by peer"))
     assert not distributed.is_of_the_network(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not distributed.is_of_the_network(UserError("connection closed"))
+
+
+@pytest.mark.slow
+def test_all_ranks_end_with_the_error_that_one_of_them_has_met(tmp_path, digits):
+    """Whoever starts runs again goes by the highest status of all, and that one would come again."""
+    data = shutil.copytree(digits, tmp_path / "data")
+    bad = min((data / "train").rglob("*.png"))
+    bad.write_bytes(bad.read_bytes()[:60])
+    environments, store = environments_of_ranks(2, {**os.environ, "OMP_NUM_THREADS": "1"})
+    words = (sys.executable, "main.py", *TINY_RUN, "DATA.BATCH_SIZE", "12", "--data-path", data, "--output", tmp_path)
+    how = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    ranks = [subprocess.Popen([str(word) for word in words], env=each, **how) for each in environments]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    del store
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert str(bad) in "".join(said)
+    assert "Traceback" not in "".join(said)

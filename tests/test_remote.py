@@ -21,6 +21,7 @@ from data import remote
 from data.build import open_images
 from data.remote import Store, persistently
 from data.shard_cache import KEPT, MARKS, ShardCache
+from data.shards import begin_in_store
 from tasks.classification import Classification
 from utils.errors import UserError
 
@@ -188,6 +189,13 @@ def test_what_cannot_be_fetched_is_said_when_it_is_read(shards, monkeypatch):
     index.expect([0, 1, 0])
     with pytest.raises(OSError, match="no answer"):
         index.read(1)
+
+
+def test_a_place_with_shards_of_others_is_not_mixed_with_ours(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "train-00000.tar").touch()
+    with pytest.raises(UserError, match="is not empty and was not begun by this script"):
+        begin_in_store(Store(f"file://{tmp_path}"), {})
 
 
 class TestCache:

@@ -28,6 +28,12 @@ VIT = (
 
 
 MICRO = "crossformer_micro"
+SEGMENTATION = (
+    "--cfg", "configs/segmentation/upernet_micro.yaml", "--tag", "run", "--batch-size", "2", "--opts",
+    "TRAIN.STEPS", "3", "TRAIN.WARMUP_STEPS", "0", "TRAIN.EVAL_EVERY_STEPS", "3", "DATA.NUM_WORKERS", "0",
+    "DATA.IMG_SIZE", "64", "AUG.RESIZE", "[128, 64]", "TEST.RESIZE", "[128, 64]", "MODEL.HEAD_CHANNELS", "16",
+    "PRINT_FREQ", "1",
+)  # fmt: skip
 
 
 def run(folder, digits, *more, nproc: int = 2):
@@ -77,6 +83,19 @@ def test_shards_compute_what_the_whole_does(tmp_path, digits, model, epochs):
 def states(a: dict, b: dict) -> list[tuple[dict, dict]]:
     """What two optimizers know of each parameter."""
     return [(state, b["optimizer"]["state"][number]) for number, state in a["optimizer"]["state"].items()]
+
+
+@pytest.mark.slow
+def test_a_segmenter_begins_with_a_backbone(tmp_path, pairs):
+    """In mixed precision; its BatchNorms keep theirs."""
+    torch.save({"model": timm.create_model(MICRO).state_dict()}, tmp_path / "backbone.pth")
+    words = ("main.py", *SEGMENTATION, "--data-path", pairs, "--pretrained", tmp_path / "backbone.pth")
+    for shard in ("full", "none"):
+        done = start(*words, "--opts", "TRAIN.SHARD", shard, "AMP", "bf16", "--output", tmp_path / shard, nproc=2)
+        assert done.returncode == 0, done.stderr
+        assert "backbone.pth" in done.stdout
+    name = "upernet_crossformer_micro"
+    assert losses(tmp_path / "full", name) == pytest.approx(losses(tmp_path / "none", name), abs=0.05)
 
 
 @pytest.mark.slow

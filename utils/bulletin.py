@@ -8,13 +8,23 @@ import time
 from contextlib import suppress
 from typing import Protocol
 
-from utils.distributed import PeerLostError, is_of_the_network, name_of, rank, shared_store, world_size
+from utils.distributed import (
+    AgreedError,
+    PeerLostError,
+    is_of_the_network,
+    name_of,
+    rank,
+    shared_store,
+    world_size,
+)
+from utils.errors import UserError
 
 SECONDS_BETWEEN_TURNS = 1.0
 SECONDS_TO_TELL = 3
 SECONDS_TO_COMPARE = 10
 """So long it may take to ask the store who lives, where the network is what has failed."""
 STOP = "stop"
+ERROR = "error"
 LEFT = "has left"
 """The activity of a rank that ends because of another one."""
 
@@ -30,7 +40,8 @@ class Bulletin:
     """A thread that publishes what this rank is doing, and sends this process the signal that another rank has got.
 
     It may hang when the network does, so nobody waits for it. An error that comes of another rank's end leaves it as a
-    :class:`~utils.distributed.PeerLostError` that names that rank.
+    :class:`~utils.distributed.PeerLostError` that names that rank, or as what that rank has ended with if it is
+    an error of the user's.
 
     Args:
         stop: this rank's own request; None where nothing stops before it is done.
@@ -58,7 +69,13 @@ class Bulletin:
         elif self._store and self.stop and self.stop.signal and not self.stop.agreed_by_all:
             self._told.wait(SECONDS_TO_TELL)
             time.sleep(1.5 * SECONDS_BETWEEN_TURNS)  # so long it takes the others to look
+        elif self._store and isinstance(error, UserError) and not isinstance(error, AgreedError):
+            with suppress(RuntimeError):
+                self._store.set(ERROR, f"{name_of(rank())}: {error}")
         elif self._store and is_of_the_network(error):
+            with suppress(RuntimeError):
+                if self._store.check([ERROR]):  # it has ended by itself, and would again
+                    raise AgreedError(self._store.get(ERROR).decode()) from error
             raise PeerLostError(self._who_is_gone(error)) from error
 
     def _who_is_gone(self, error: BaseException) -> str:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import groupby
 from typing import Any, TypeVar, cast
 
 import torch
@@ -155,9 +156,10 @@ def describe_hosts() -> str:
     return f"processes: {', '.join(f'{count} on {host}' for host, count in counts.items())}" if len(counts) > 1 else ""
 
 
-def processes_of_a_host() -> int:
-    """Count the processes that share a host with this one."""
-    return _places.count(_places[rank()]) if _places else 1
+def processes_of_each_host() -> int | None:
+    """Count the processes of a host; None where hosts differ in that, or their ranks do not follow each other."""
+    counts = [len([*together]) for _, together in groupby(_places)]
+    return counts[0] if len({*counts}) == 1 and len(counts) == len({*_places}) else None
 
 
 def is_of_the_network(error: BaseException) -> bool:

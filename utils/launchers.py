@@ -34,7 +34,9 @@ def understand_launcher(env: MutableMapping[str, str] = os.environ) -> None:
     if "RANK" in env or "WORLD_SIZE" in env:
         check_complete(env)
         return
-    env.update(of_slurm(env) or of_mpi(env))
+    # mpirun starts its daemons by srun, whose variables are of these
+    by_mpirun = any(env.get(local_rank) for _, _, local_rank in MPI.values())
+    env.update(of_mpi(env) if by_mpirun else of_slurm(env) or of_mpi(env))
 
 
 def check_complete(env: MutableMapping[str, str]) -> None:

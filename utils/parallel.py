@@ -10,12 +10,13 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from utils.distributed import AgreedError, is_main, processes_of_a_host, world_size
+from utils.distributed import AgreedError, is_main, processes_of_each_host, world_size
 from utils.sync_batch_norm import synchronise_batch_norm
 
 State = TypeVar("State")
@@ -40,10 +41,14 @@ class Sharding(NamedTuple):
             reduce_dtype=torch.float32 if self.dtype else None,
             cast_forward_inputs=False,  # autocast decides
         )
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and self.dtype:  # its weights are to be of its statistics' kind
+                fully_shard(module, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         for unit in sharding_units(model):
             fully_shard(unit, mesh=self.mesh, mp_policy=policy)
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
-        model.register_load_state_dict_pre_hook(_shard_what_is_loaded)
+        for module in model.modules():  # any of them may be loaded alone, as a backbone is
+            module.register_load_state_dict_pre_hook(_shard_what_is_loaded)
 
 
 def choose_sharding(how: str, device: torch.device, dtype: torch.dtype | None) -> Sharding | None:
@@ -56,11 +61,11 @@ def choose_sharding(how: str, device: torch.device, dtype: torch.dtype | None) -
         return None
     if how == "full":
         return Sharding(init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",)), dtype)
-    of_a_host = processes_of_a_host()
-    if of_a_host in (1, world_size()):
+    of_a_host = processes_of_each_host()
+    if of_a_host is None or of_a_host in (1, world_size()):
         raise AgreedError(
-            f"TRAIN.SHARD hybrid shards within each host and copies between them: there are {world_size()} processes, "
-            f"{of_a_host} on each host; use full or none"
+            "TRAIN.SHARD hybrid shards within each host and copies between them: it takes several hosts with as many "
+            "processes each, more than one, whose ranks follow each other; use full or none"
         )
     shape = world_size() // of_a_host, of_a_host
     return Sharding(init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shard")), dtype)
@@ -195,7 +200,7 @@ def _shard_like(value: Tensor, like: Any) -> Tensor:
 
 
 def _shard_what_is_loaded(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(recurse=False):
         if prefix + name in state:
             state[prefix + name] = _shard_like(state[prefix + name], parameter)
 

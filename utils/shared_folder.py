@@ -1,5 +1,6 @@
 """Whether all hosts of a run see the folder that its results go to."""
 
+import os
 import socket
 import time
 import uuid
@@ -45,9 +46,9 @@ def hosts_without(folder: Path) -> list[str]:
             with writing(probe, "choose another --output"):
                 probe.touch()
     looks_until = time.monotonic() + SECONDS_TO_APPEAR
-    while not probe.exists() and time.monotonic() < looks_until:
+    while not os.path.exists(probe) and time.monotonic() < looks_until:
         time.sleep(POLL_SECONDS)
-    seen = gathered((socket.gethostname(), probe.exists()))
+    seen = gathered((socket.gethostname(), os.path.exists(probe)))  # False also where it may not look
     if is_main():
         probe.unlink(missing_ok=True)
     return sorted({host for host, is_there in seen if not is_there})

@@ -1,8 +1,11 @@
 """Runs on a real Slurm of two hosts: started by srun itself, warned, queued again."""
 
+import os
 import re
+import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_RUN
@@ -28,6 +31,20 @@ def undisturbed(tmp_path_factory, digits) -> dict:
     return checkpoint(folder, "run")
 
 
+def wait_for(true, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def submit(slurm, tmp_path, *flags) -> str:
+    """The number of a job on both hosts."""
+    words = ("--nodes", "2", "--time", "10", "--sbatch", f"--output={tmp_path}/job.log", "--", *flags)
+    said = slurm.on("hosta", "bash", "scripts/slurm.sh", *words, "--output", tmp_path / "output", cwd=ROOT)
+    return re.search(r"Submitted batch job (\d+)", said)[1]
+
+
 def test_srun_starts_one_run(slurm, tmp_path, digits, undisturbed):
     said = Run(tmp_path, *FLAGS, "--data-path", digits, inside=(*slurm.enter("hosta"), *SRUN)).finish()
     assert "2 x CPU" in said
@@ -47,18 +64,8 @@ def test_a_warning_saves_and_the_same_command_carries_on(slurm, tmp_path, digits
 
 def test_a_job_that_queues_itself_again(slurm, tmp_path, digits, undisturbed):
     """Warned by hand, as Slurm warns it before its time is up."""
-    flags = (*FLAGS, "--data-path", digits, "--output", tmp_path / "output")
-    words = ("--nodes", "2", "--time", "10", "--sbatch", f"--output={tmp_path}/job.log", "--", *flags)
-    said = slurm.on("hosta", "bash", "scripts/slurm.sh", *words, cwd=ROOT)
-    number = re.search(r"Submitted batch job (\d+)", said)[1]
+    number = submit(slurm, tmp_path, *FLAGS, "--data-path", digits)
     log = tmp_path / "job.log"
-
-    def wait_for(true, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < deadline, log.read_text() if log.exists() else slurm.job(number)
-            time.sleep(0.2)
-
     wait_for(lambda: log.exists() and "step 20/72" in log.read_text(), 120)
     slurm.on("hosta", "scancel", "--batch", "--signal=USR1", number)
     wait_for(lambda: slurm.job(number)["JobState"] == "COMPLETED", 400)
@@ -66,6 +73,35 @@ def test_a_job_that_queues_itself_again(slurm, tmp_path, digits, undisturbed):
     assert "stopped by SIGUSR1 after step" in log.read_text()
     assert "carrying on from" in log.read_text()
     assert_same_run(undisturbed, checkpoint(tmp_path, "run"))
+
+
+def test_a_job_whose_process_is_killed_is_queued_again_and_one_with_a_mistake_is_not(slurm, tmp_path, digits):
+    number = submit(slurm, tmp_path, *FLAGS, "--data-path", digits, "--opts", "TRAIN.EPOCHS", "100")
+    log = tmp_path / "job.log"
+    wait_for(lambda: log.exists() and "step 20/" in log.read_text(), 120)
+    ranks = [process for process in Path("/proc").glob("[0-9]*") if is_rank(process, "1", number)]
+    assert len(ranks) == 1
+    os.kill(int(ranks[0].name), signal.SIGKILL)
+    wait_for(lambda: slurm.job(number)["Restarts"] == "1", 60)
+    slurm.on("hosta", "scancel", number)
+    number = submit(slurm, tmp_path, *FLAGS, "--data-path", tmp_path / "nowhere")
+    wait_for(lambda: slurm.job(number)["JobState"] == "FAILED", 120)
+    assert slurm.job(number)["ExitCode"] == "2:0"
+    assert slurm.job(number)["Restarts"] == "0"
+
+
+def is_rank(process: Path, rank: str, job: str) -> bool:
+    """Whether it is the task of that number."""
+    try:
+        environment = (process / "environ").read_text(errors="replace").split("\0")
+        words = (process / "cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return False
+    return (
+        {f"SLURM_PROCID={rank}", f"SLURM_JOB_ID={job}"} <= {*environment}
+        and "main.py" in words
+        and "python" in words[0]
+    )
 
 
 def test_what_srun_lacks_is_said(slurm):
