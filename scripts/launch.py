@@ -12,8 +12,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 # Read while torch is imported. Its warnings about a host that is gone fill pages
 os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -25,6 +28,10 @@ from torch.distributed.run import parse_args, run
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.processes import CTRL_C_STATUS, PEER_LOST_STATUS, STOP_SIGNALS, USER_ERROR_STATUS
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_END = 35
+"""Torchrun gives the other ranks of a host 30 to end in."""
 
 
 def ranks() -> list[int]:
@@ -40,6 +47,21 @@ def ranks() -> list[int]:
             if int(parent) == os.getpid():
                 found.append(int(entry.name))
     return found
+
+
+def end_after_a_rank(endpoint: str) -> NoReturn:
+    """End this process some time after a rank has failed: torchrun waits for hours where the network is gone."""
+    while True:
+        try:
+            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # and torchrun waits for it as well
+        except ChildProcessError:  # none yet
+            child = None
+        if child and child.si_status:
+            break
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    time.sleep(SECONDS_TO_END)
+    print(f"error: {endpoint} gives no answer any more; look at that host", file=sys.stderr, flush=True)
+    os._exit(USER_ERROR_STATUS if child.si_status == USER_ERROR_STATUS else PEER_LOST_STATUS)
 
 
 def main(arguments: list[str]) -> int:
@@ -63,6 +85,8 @@ def main(arguments: list[str]) -> int:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, hand_on)
+    if not given.max_restarts and ":" not in given.nnodes:  # else it may start them again
+        threading.Thread(target=end_after_a_rank, args=[given.rdzv_endpoint], daemon=True).start()
     try:
         run(given)
     except ChildFailedError as error:

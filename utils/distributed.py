@@ -4,10 +4,12 @@ import os
 import pickle
 import re
 import socket
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import groupby
 from typing import Any, TypeVar, cast
@@ -17,11 +19,13 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 from utils.launchers import gpu_of_this_process
-from utils.processes import place
+from utils.processes import USER_ERROR_STATUS, place
 
 JOIN_SECONDS = 600
 """How long ranks wait for each other when they start; a slow host may take minutes to import torch."""
 JOIN_POLL_SECONDS = 0.02
+SECONDS_BETWEEN_LOOKS = 1.0
+UNREACHABLE = "cannot connect"
 DAYS_WITHOUT_LIMIT = 365
 _store: dist.Store | None = None
 _is_ours = False
@@ -82,6 +86,8 @@ def start(hang_minutes: float = 0.0) -> torch.device:
         _store = _store_of_this_attempt()
         if device.type == "cuda":
             _check_no_other_has(_store, device)
+        connected = threading.Event()
+        threading.Thread(target=_end_with_others, args=[_store, connected], daemon=True).start()
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -92,7 +98,11 @@ def start(hang_minutes: float = 0.0) -> torch.device:
                 device_id=device if device.type == "cuda" else None,
             )
         except RuntimeError as error:
+            with suppress(RuntimeError):
+                _store.set(UNREACHABLE, name_of(rank()))
             raise UserError(_unreachable(error, device)) from error
+        finally:
+            connected.set()
     if dist.is_initialized():
         _hosts, _places = map(
             list, zip(*gathered((socket.gethostname(), f"{socket.gethostname()} {place()}")), strict=True)
@@ -115,6 +125,16 @@ def _check_group_of_others(device: torch.device) -> None:
             f"the process group cannot send what is on the {missing[0]} (its backend is {backends}); give it the "
             'backend "cpu:gloo,cuda:nccl", as in Ray\'s TorchConfig(backend="cpu:gloo,cuda:nccl")'
         )
+
+
+def _end_with_others(store: dist.Store, connected: threading.Event) -> None:
+    """End this process when another one cannot connect, for which torch would wait for hours."""
+    while not connected.wait(SECONDS_BETWEEN_LOOKS):
+        with suppress(RuntimeError):
+            if store.check([UNREACHABLE]) and not connected.wait(SECONDS_BETWEEN_LOOKS):
+                other = store.get(UNREACHABLE).decode()
+                print(f"error (rank {rank()}): {other} cannot connect; see what it says", file=sys.stderr, flush=True)
+                os._exit(USER_ERROR_STATUS)
 
 
 def _check_no_other_has(store: dist.Store, device: torch.device) -> None:

@@ -131,7 +131,7 @@ def test_a_cable_that_stays_out(hosts, tmp_path, digits):
     hosts.pull_the_cable()
     began = time.monotonic()
     for run in runs:
-        run.process.wait(120)
+        assert run.process.wait(120) == PEER_LOST_STATUS
         print(f"{time.monotonic() - began:.1f} s: {errors(run)}")
         assert "nothing has happened for 0.25 minutes (TRAIN.HANG_MINUTES)" in run.said()
 
