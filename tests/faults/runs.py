@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from commands import start
-from conftest import ROOT, assert_same_tensors
+from conftest import ROOT, TINY_RUN, assert_same_tensors
 
 RANDOM = (
     "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]",
@@ -18,6 +18,8 @@ RANDOM = (
     "TRAIN.EMA_DECAY", "0.9", "TRAIN.SAVE_EVERY_STEPS", "1",
 )  # fmt: skip
 """A small network, everything that is random, and each step is saved."""
+PAIR = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "12", "TRAIN.EVAL_EVERY_EPOCHS", "12", "--batch-size", "6")
+"""For two processes: 72 steps."""
 
 
 class Run:
@@ -103,3 +105,9 @@ def checkpoint(tmp_path: Path, tag: str, name: str = "last") -> dict:
 def assert_same_run(a: dict, b: dict) -> None:
     """Weights, moving average, optimizer, step, best score: all but the name of the run."""
     assert_same_tensors(*({k: v for k, v in content.items() if k != "config"} for content in (a, b)))
+
+
+def end_of_a_pair(tmp_path: Path, digits: Path) -> dict:
+    """What two processes on one host end with."""
+    undisturbed_run(tmp_path, *PAIR, "--data-path", digits, nproc=2)
+    return checkpoint(tmp_path, "run")

@@ -7,9 +7,9 @@ import signal
 import time
 
 import pytest
-from conftest import TINY_RUN
 from hosts import Hosts, can_have_hosts
-from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
+from runs import PAIR as FLAGS
+from runs import Run, assert_same_run, checkpoint, end_of_a_pair, undisturbed_run
 
 from utils.processes import PEER_LOST_STATUS, USER_ERROR_STATUS
 
@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(can_have_hosts()), reason=can_have_hosts()),
 ]
-FLAGS = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "12", "TRAIN.EVAL_EVERY_EPOCHS", "12", "--batch-size", "6")
 ENOUGH_TIME = ("--opts", "TRAIN.EPOCHS", "1000")
 PORTS = iter(range(31_000, 32_000))
 
@@ -31,9 +30,7 @@ def hosts(tmp_path):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, digits) -> dict:
     """What two processes on one host end with."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    undisturbed_run(folder, *FLAGS, "--data-path", digits, nproc=2)
-    return checkpoint(folder, "run")
+    return end_of_a_pair(tmp_path_factory.mktemp("undisturbed"), digits)
 
 
 def torchrun(nodes: str, port: int, *more: str) -> tuple[str, ...]:

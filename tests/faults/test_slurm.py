@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_RUN
-from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
+from conftest import ROOT
+from runs import PAIR as FLAGS
+from runs import Run, assert_same_run, checkpoint, end_of_a_pair
 from slurm import Slurm, can_have_slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(can_have_slurm()), reason=can_have_slurm())]
-FLAGS = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "12", "TRAIN.EVAL_EVERY_EPOCHS", "12", "--batch-size", "6")
 SRUN = ("srun", "-N2", "--ntasks-per-node", "1")
 
 
@@ -26,9 +26,7 @@ def slurm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, digits) -> dict:
     """What two processes on one host end with."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    undisturbed_run(folder, *FLAGS, "--data-path", digits, nproc=2)
-    return checkpoint(folder, "run")
+    return end_of_a_pair(tmp_path_factory.mktemp("undisturbed"), digits)
 
 
 def wait_for(true, seconds: float) -> None:
