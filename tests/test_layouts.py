@@ -1,5 +1,6 @@
 """Every way to have a data set on disk gives the same images, and every fault in one is named."""
 
+import itertools
 import re
 import resource
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, quick
 from make_layouts import LAYOUTS, add, as_official, as_tar, as_zip, images_of, write_devkit
 
 from config import build_config
@@ -291,24 +292,29 @@ def test_a_bad_zip_or_map_file(source, tmp_path):
     assert "is encrypted or compressed in an unusual way" in error_of(root)
 
 
-@pytest.mark.parametrize("name", ["shards", "official", "zip", "deflated zip"])
-def test_bad_images_in_archives(source, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    quick(
+        itertools.product(["shards", "official", "zip", "deflated zip"], [0, 2]),
+        [("shards", 2), ("official", 0), ("zip", 0), ("deflated zip", 0)],
+    ),
+)
+def test_bad_images_in_archives(source, tmp_path, name, workers):
     """DATA.ON_BAD_IMAGE holds for all layouts, and the line names the archive and the file in it."""
     shutil.copytree(source, tmp_path / "source")
     bad = images_of(tmp_path / "source" / "train")[7]
     bad.write_bytes(bad.read_bytes()[:50])
     LAYOUTS[name](tmp_path / "source", tmp_path / "data")
-    for workers in (0, 2):
-        opts = ("DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 20)
-        loaders = Classification(config_of(tmp_path / "data", *opts), CPU).train_loaders()
-        with pytest.raises(UserError, match=rf"image .*(tar|zip):.*{bad.name}: .*DATA.ON_BAD_IMAGE skip"):
-            list(loaders.train.micro_batches(0, 3))
-        lines = []
-        loaders = Classification(config_of(tmp_path / "data", *opts, "DATA.ON_BAD_IMAGE", "skip"), CPU).train_loaders()
-        loaders.train.on_bad_image = lines.append
-        assert [len(images) for images, *_ in loaders.train.micro_batches(0, 3)] == [20] * 3
-        assert len(lines) == 1
-        assert bad.name in lines[0]
+    opts = ("DATA.NUM_WORKERS", workers, "DATA.BATCH_SIZE", 20)
+    loaders = Classification(config_of(tmp_path / "data", *opts), CPU).train_loaders()
+    with pytest.raises(UserError, match=rf"image .*(tar|zip):.*{bad.name}: .*DATA.ON_BAD_IMAGE skip"):
+        list(loaders.train.micro_batches(0, 3))
+    lines = []
+    loaders = Classification(config_of(tmp_path / "data", *opts, "DATA.ON_BAD_IMAGE", "skip"), CPU).train_loaders()
+    loaders.train.on_bad_image = lines.append
+    assert [len(images) for images, *_ in loaders.train.micro_batches(0, 3)] == [20] * 3
+    assert len(lines) == 1
+    assert bad.name in lines[0]
 
 
 def test_many_archives_need_few_open_files(source, tmp_path):
