@@ -18,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.checkpoint import benchmark_checkpoint
+from benchmarks.common import make_folder
+from benchmarks.data import benchmark_data
+from benchmarks.model import benchmark_model, benchmark_step
+from benchmarks.report import write_report
 from config import SETTINGS
 from models.crossformer import VARIANTS
-from scripts.benchmarks.checkpoint import benchmark_checkpoint
-from scripts.benchmarks.common import make_folder
-from scripts.benchmarks.data import benchmark_data
-from scripts.benchmarks.model import benchmark_model, benchmark_step
-from scripts.benchmarks.report import write_report
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.surroundings import a_path, expanded

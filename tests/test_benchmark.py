@@ -18,10 +18,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from benchmarks.common import in_turn, ratio
+from benchmarks.contenders import Contender, check_names, count_gmac
 from engine.memory import within_memory
 from scripts import benchmark
-from scripts.benchmarks.common import in_turn, ratio
-from scripts.benchmarks.contenders import Contender, check_names, count_gmac
 from utils.counting import count_kernels, moved_bytes, saved_bytes
 from utils.errors import UserError
 

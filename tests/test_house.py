@@ -8,6 +8,7 @@ from conftest import ROOT
 
 BELOW = {
     "main": {"config", "engine", "tasks", "utils"},
+    "benchmarks": {"config", "engine", "tasks", "models", "data", "optimizer", "lr_scheduler", "utils"},
     "engine": {"config", "tasks", "models", "data", "optimizer", "lr_scheduler", "utils"},
     "tasks": {"config", "models", "data", "utils"},
     "optimizer": {"utils"},

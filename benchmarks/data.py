@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from benchmarks import common
+from benchmarks.common import ratio, rounded
 from config import CLASSES, build_config
 from data.augmentation import Plan, augments_on_device, build_train_stage, build_train_transform
 from data.build import build_train_loader, open_images
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding, decode
 from data.index import Index
-from scripts.benchmarks import common
-from scripts.benchmarks.common import ratio, rounded
 from utils.errors import UserError
 from utils.image_size import height_and_width
 from utils.machine import this_device
@@ -41,7 +41,7 @@ def benchmark_data(arguments: Namespace) -> None:
     torch.set_num_threads(1)  # the workers need the cores
     config = config_for(arguments, arguments.data_path)
     if config.TASK != CLASSES:
-        from scripts.benchmarks.dense import benchmark_dense  # which takes much from here
+        from benchmarks.dense import benchmark_dense  # which takes much from here
 
         benchmark_dense(arguments, config)
         return

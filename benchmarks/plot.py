@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from scripts.benchmarks.contenders import PLAIN
+from benchmarks.contenders import PLAIN
 from utils.image_size import height_and_width
 
 COLOURS = {

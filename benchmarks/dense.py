@@ -4,11 +4,11 @@ import statistics
 from argparse import Namespace
 from typing import Any, cast
 
+from benchmarks import common
+from benchmarks.common import rounded
+from benchmarks.data import ENDLESS, NoStage, images_per_second, median_seconds
 from config import PIXELS
 from data.build import build_train_loader
-from scripts.benchmarks import common
-from scripts.benchmarks.common import rounded
-from scripts.benchmarks.data import ENDLESS, NoStage, images_per_second, median_seconds
 from tasks.stages import object_input, pair_input
 from utils.tables import Table
 

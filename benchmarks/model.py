@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from benchmarks import common, contenders
+from benchmarks.common import ratio, rounded, show_progress
+from benchmarks.contenders import KINDS, PARTS, PLAIN, PLAIN_STEP, Contender
+from benchmarks.plot import draw_models
 from config import SETTINGS
 from engine.memory import within_memory
 from engine.model import training_giga_macs
 from engine.throughput import TRAIN_STEP_MACS, none_if_unknown
 from models.crossformer import VARIANTS
 from models.heads import HEADS
-from scripts.benchmarks import common, contenders
-from scripts.benchmarks.common import ratio, rounded, show_progress
-from scripts.benchmarks.contenders import KINDS, PARTS, PLAIN, PLAIN_STEP, Contender
-from scripts.benchmarks.plot import draw_models
 from utils.compat import is_compiled
 from utils.counting import count_kernels, moved_bytes
 from utils.errors import UserError, did_you_mean

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
+from benchmarks.common import finish_report, show_progress, start_report
 from engine.checkpoints import Checkpoints
-from scripts.benchmarks.common import finish_report, show_progress, start_report
 from utils.checkpoint import save_atomically
 from utils.machine import this_device
 from utils.tables import Table

@@ -6,8 +6,8 @@ import statistics
 from argparse import Namespace
 from pathlib import Path
 
-from scripts.benchmarks import checkpoint, data, model
-from scripts.benchmarks.common import rounded
+from benchmarks import checkpoint, data, model
+from benchmarks.common import rounded
 from utils.errors import UserError
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
