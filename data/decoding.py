@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -267,6 +267,15 @@ def pil_to_tensor(image: Image.Image) -> Tensor:
 def tensor_to_pil(image: Tensor) -> Image.Image:
     """Convert ``(3, H, W)`` uint8 to an RGB image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def pictures_of(images: Iterable[Tensor], mean: Sequence[float], std: Sequence[float]) -> list[Image.Image]:
+    """Undo the normalising of images, ``(3, H, W)`` each."""
+    centre, scale = (torch.tensor(x)[:, None, None] for x in (mean, std))
+    return [
+        tensor_to_pil((255 * (image.float().cpu() * scale + centre)).round().clamp(0, 255).to(torch.uint8))
+        for image in images
+    ]
 
 
 class JpegHeader(NamedTuple):

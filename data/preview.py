@@ -16,7 +16,7 @@ from data.augmentation import (
     build_train_transform,
 )
 from data.dataset import DecodeAndTransform, ImageDataset, Sample
-from data.decoding import build_decoding, decode, tensor_to_pil
+from data.decoding import build_decoding, decode, pictures_of, tensor_to_pil
 from data.files import describe_left_out
 from data.index import Index
 from data.inspection import Checked, inspect, make_report, open_splits
@@ -88,8 +88,7 @@ class Preview:
 
     def pictures(self, images: Tensor) -> list[Image.Image]:
         """Undo the normalising of images ``(B, 3, H, W)``."""
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.config.DATA.MEAN, self.config.DATA.STD))
-        return [tensor_to_pil(x) for x in (255 * (images.cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8)]
+        return pictures_of(images, self.config.DATA.MEAN, self.config.DATA.STD)
 
 
 def build_mixings(config, num_classes: int) -> dict[str, Callable]:

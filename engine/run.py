@@ -5,7 +5,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from config import Config
+from data.decoding import pictures_of
 from data.loading import Batch, describe_turned
 from engine.checkpoints import Checkpoints
 from engine.evaluate import evaluate
@@ -17,10 +20,12 @@ from engine.stopping import PATIENCE_SECONDS, StopRequest
 from lr_scheduler import Schedule, total_steps
 from tasks import Loaders, Task
 from utils import parallel
+from utils.contact_sheet import PER_ROW, draw_rows
 from utils.distributed import AgreedError, count_over_ranks, is_main, largest_over_ranks
 from utils.errors import UserError
 from utils.logger import RunLog
 from utils.meters import DeviceMeters, SpikeDetector, Stopwatch, peak_memory_bytes
+from utils.randomness import seed_everything
 from utils.watchdog import Watchdog
 
 PATIENCE_WITH_SHARDS_SECONDS = 90
@@ -102,6 +107,7 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """Yield the micro-batches from the next step on; the time spent waiting for each is noted."""
         batches = self.loader.micro_batches(self.state.step, self.total_steps)
+        first = self.state.step == 0 and is_main()
         while True:
             start = time.perf_counter()
             self.watchdog.doing("loading data")
@@ -110,7 +116,24 @@ class Run:
             if batch is None:
                 return
             self.stopwatch.waited(time.perf_counter() - start)
+            if first:
+                self._show(batch)
+                first = False
             yield batch
+
+    def _show(self, batch: Batch) -> None:
+        """Draw some images of the first batch as the network sees them."""
+        images = batch.images.clone() if isinstance(batch.images, Tensor) else batch.images  # timm mixes in place
+        seed_everything(self.precision.device, self.config.SEED, "step", 0, 0, 0)  # as the step will do
+        seen = self.task.prepare(batch._replace(images=images)).images[: 2 * PER_ROW]
+        pictures = pictures_of(seen, self.config.DATA.MEAN, self.config.DATA.STD)
+        rows = {
+            f"{i + 1} to {min(i + PER_ROW, len(pictures))}": pictures[i : i + PER_ROW]
+            for i in range(0, len(pictures), PER_ROW)
+        }
+        sheet = draw_rows(rows, [], f"{len(pictures)} images of the first batch, as the network sees them")
+        self.log.keep_whole("first_batch.png", sheet)
+        self.log.pictures({"first_batch": sheet}, 0)
 
     def count(self, result: StepResult) -> None:
         """Take note of a step, on the device."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: set up, train a small network, evaluate, draw the curves; and show what it finds.
+# From nothing to a trained model: set up, train a small network, evaluate, write a report; and show what it finds.
 # It may be run again: a training that was stopped carries on, one that is done is only evaluated.
 #
 #     bash scripts/quickstart.sh                 the classes of scikit-learn's handwritten digits
@@ -41,17 +41,17 @@ results=quickstart/$network/$tag
 start=$SECONDS
 run --tag $tag --batch-size $((batch / processes)) "$@"
 seconds=$((SECONDS - start))
-run --tag ${tag}_eval --eval --resume $results/checkpoints/best.pth
-python scripts/plot_curves.py $results
+run --tag $tag --eval --report --resume $results/checkpoints/best.pth
+python scripts/report.py $results
 if [ $tag = nuclei ]; then
     python predict.py --checkpoint $results/checkpoints/best.pth $data/images/val --overlay quickstart/found --sheet quickstart/found.png >quickstart/found.txt
 fi
 
-result=$(tail -n 1 quickstart/$network/${tag}_eval/metrics.jsonl | python -c "import json; print('%.2f' % json.loads(input())['$metric'])")
+result=$(tail -n 1 $results/metrics.jsonl | python -c "import json; print('%.2f' % json.loads(input())['$metric'])")
 cat <<TXT
 
 $called: $result % (training took $seconds s on $processes processes, this time)
-Curves:   $results/curves.png   (tensorboard --logdir $results/tensorboard)
+Report:   $results/report.html   (a page: curves, classes, what it gets wrong)
 Results:  $results
 $([ $tag = digits ] || echo "Found:    quickstart/found.png, and each image in quickstart/found")
 Next, $next on 8 GPUs:

@@ -28,6 +28,7 @@ from data.loading import Batch, EvalLoader
 from models import build_model, load_weights
 from tasks import Loaders
 from tasks.class_names import as_ids, named_classes, number_as_the_model
+from tasks.mistakes import Mistakes
 from tasks.real_labels import RealLabels, describe_real
 from tasks.report import Report
 from tasks.trained import prepared_otherwise
@@ -57,6 +58,7 @@ class Classification:
         self._mix: Callable | None = None
         self._among: Tensor | None = None
         self._real: RealLabels | None = None
+        self._val: Index | None = None
 
     def model(self) -> nn.Module:
         return build_model(self.config, self._num_classes())
@@ -104,6 +106,7 @@ class Classification:
         return self._eval_loader(val), lines
 
     def _eval_loader(self, index: Index) -> EvalLoader:
+        self._val = index
         transform = build_eval_transform(self.config)
         sample = DecodeAndTransform(transform, build_decoding(self.config))
         stage = DeviceStage(self.device, self.config.DATA.MEAN, self.config.DATA.STD)
@@ -135,7 +138,10 @@ class Classification:
     # ---- evaluation
 
     def evaluator(self, report: bool = False) -> "Accuracy":
-        tables = Report(self.classes, self.device) if report else None
+        tables = None
+        if report:
+            assert self._val is not None
+            tables = Report(self.classes, self.device, Mistakes(self.classes, self._val, build_decoding(self.config)))
         return Accuracy(self.device, build_views(self.config), self._among, self._real, tables)
 
     # ---- checkpoints
@@ -200,7 +206,7 @@ class Accuracy:
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="none").double()
         if self.tables:
-            self.tables.add(logits, targets)
+            self.tables.add(logits, targets, batch.numbers)
         if self.real:
             self.real.add(logits, batch.numbers)
         count = torch.full_like(self.sums[0], len(targets))

@@ -11,12 +11,13 @@ from torchvision.ops import box_iou
 from data.coco import ObjectIndex
 from tasks.average_precision import KINDS, Result, evaluate_results, of_each_class, read_truth
 from tasks.object_album import CELL, COLUMNS, OVERLAP, SURE, ObjectAlbum, on_crowd
-from tasks.report import LOWEST_NAMED, shortened, write_csv
+from tasks.report import LOWEST_NAMED, shortened
 from utils.contact_sheet import draw_rows
 from utils.distributed import from_main, is_main
 from utils.drawing import pyplot
 from utils.errors import UserError
 from utils.files import reason_of
+from utils.tables import write_csv
 
 SIZES = {"small": 1, "medium": 2, "large": 3}
 """Names of sizes, and their places among pycocotools' areas."""

@@ -12,12 +12,13 @@ from torch import Tensor
 from data.decoding import tensor_to_pil
 from tasks.miou import Scores, scores
 from tasks.overlay import painted
-from tasks.report import LOWEST_NAMED, shortened, write_csv
+from tasks.report import LOWEST_NAMED, shortened
 from utils.contact_sheet import draw_rows
 from utils.distributed import gathered, is_main
 from utils.drawing import pyplot
 from utils.errors import UserError
 from utils.files import reason_of
+from utils.tables import write_csv
 
 SHOWN, CELL = 8, 256
 """Images in a sheet, and the pixels of the longest side of each."""

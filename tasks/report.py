@@ -1,16 +1,16 @@
 """What an evaluation can tell besides its accuracy: each class, the calibration, and what is taken for what."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.mistakes import Mistakes
 from utils.distributed import is_main, sum_over_ranks
 from utils.drawing import drawable, pyplot
 from utils.errors import UserError
-from utils.names import harmless
+from utils.tables import write_csv
 
 BINS = 15
 LOWEST_NAMED = 15
@@ -22,34 +22,37 @@ class Report:
     Args:
         classes: the names of the model's classes.
         device: where the answers are.
+        mistakes: is told every answer.
 
     Raises:
         UserError: a package is missing.
     """
 
-    def __init__(self, classes: list[str], device: torch.device):
+    def __init__(self, classes: list[str], device: torch.device, mistakes: Mistakes | None = None):
         try:
             import matplotlib  # noqa: F401  (before an hour of evaluation, not after)
             from torchmetrics.classification import MulticlassConfusionMatrix
         except ImportError as error:
             raise UserError(f"TEST.REPORT needs {error.name}: pip install {error.name}") from error
-        self.classes = classes
+        self.classes, self.mistakes = classes, mistakes
         # Checking its arguments would wait for the device
         self.confusion = MulticlassConfusionMatrix(len(classes), validate_args=False).to(device)
         self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Take the answers to a batch, ``(B, classes)``, and its true classes, ``(B,)``."""
+    def add(self, logits: Tensor, targets: Tensor, numbers: Tensor) -> None:
+        """Take the answers to a batch, ``(B, classes)``, its true classes and its places in the index, ``(B,)``."""
         self.confusion.update(logits, targets)
         confidence, answer = logits.softmax(dim=1).max(dim=1)
         which = (confidence * BINS).long().clamp(max=BINS - 1)
         counts = torch.stack([confidence, answer == targets, torch.ones_like(confidence)])
         self.bins.index_add_(1, which, counts.double())
+        if self.mistakes:
+            self.mistakes.add(numbers, targets, answer, confidence)
 
     def write(self, folder: Path) -> str:
-        """Write ``per_class.csv``, ``confusion_matrix.csv``, ``calibration.csv`` and ``report.png``; starts afresh.
+        """Write ``per_class.csv``, ``confusion_matrix.csv``, ``calibration.csv``, ``report.png`` and the mistakes.
 
-        Returns a line that says so. A collective. Classes without an image are left out.
+        It starts afresh. Returns a line that says so. A collective. Classes without an image are left out.
 
         Raises:
             UserError: the folder cannot be written.
@@ -66,10 +69,13 @@ class Report:
             f"mean accuracy of the classes {100 * accuracy.mean():.2f} %  "
             f"expected calibration error {100 * expected_calibration_error(bins):.2f} %"
         )
+        mistakes = self.mistakes.collect() if self.mistakes else []
         if not is_main():
             return line
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if self.mistakes:
+                self.mistakes.write(folder, mistakes)
             rows = zip(names, images[present].tolist(), correct[present].tolist(), accuracy.tolist(), strict=True)
             write_csv(folder / "per_class.csv", ["class", "images", "correct", "accuracy"], rows)
             matrix = ([name, *confusion[i].tolist()] for name, i in zip(names, present, strict=True))
@@ -95,12 +101,6 @@ def calibration(bins: np.ndarray) -> list[tuple[float, float, int]]:
 def expected_calibration_error(bins: list[tuple[float, float, int]]) -> float:
     """How far confidence and accuracy lie apart, on average over the images. Source: Guo et al., arXiv 1706.04599."""
     return sum(n * abs(accuracy - confidence) for confidence, accuracy, n in bins) / sum(n for _, _, n in bins)
-
-
-def write_csv(path: Path, header: list[str], rows) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerows([harmless(cell) for cell in row] for row in (header, *rows))
 
 
 def draw(path: Path, names: list[str], confusion: np.ndarray, accuracy: np.ndarray, bins: list, title: str) -> None:

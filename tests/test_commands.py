@@ -8,7 +8,7 @@ from conftest import TINY_RUN, assert_same_tensors
 
 
 @pytest.mark.parametrize(
-    "command", [("main.py", "--help"), ("main.py", "--epocs"), ("scripts/plot_curves.py", "/nowhere")], ids=" ".join
+    "command", [("main.py", "--help"), ("main.py", "--epocs"), ("scripts/report.py", "/nowhere")], ids=" ".join
 )
 def test_a_fork_says_what_a_real_start_says(command):
     fork, real = start(*command), start(*command, fresh=True)

@@ -16,6 +16,7 @@ BELOW = {
     "models": {"utils"},
     "data": {"utils"},
     "config": {"utils"},
+    "reports": {"utils"},
     "utils": set(),
 }
 """The rooms, and what each may import besides itself. Commands may import all of them, and nobody imports commands."""

@@ -128,7 +128,7 @@ SCALE = """
 import json, os, sys, time
 import numpy as np
 from data.folder import FileIndex
-from data.index import Scan, _load, _save
+from data.index import Scan, _save, load_index
 from data.tar import TarIndex
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,7 +155,7 @@ if not (root / "index").exists():
         os.fsync(file.fileno())
     sys.exit()
 before, start, cpu = memory(("Rss",)), time.perf_counter(), time.process_time()
-index = _load(index_class, root, root / "index")[0]
+index = load_index(index_class, root, root / "index")[0]
 seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
 size = sum(array.nbytes for array in index.arrays.values())
 private = ("Private_Clean", "Private_Dirty")

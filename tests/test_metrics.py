@@ -123,6 +123,14 @@ def test_the_report_is_of_all_ranks(run_main, tmp_path, digits, nproc):
     error = multiclass_calibration_error(logits.exp(), targets, num_classes=10, n_bins=15).item()
     assert f"expected calibration error {100 * error:.2f} %" in done.stdout
     assert sum(int(row[2]) for row in rows_of(folder / "calibration.csv")[1:]) == 37
+    certainty, answers = logits.softmax(1).max(1)
+    wrong = (answers != targets).nonzero()[:, 0]
+    surest = wrong[certainty[wrong].argsort(descending=True)].tolist()
+    rows = rows_of(folder / "mistakes.csv")[1:]
+    assert [(row[1], row[2]) for row in rows] == [(str(int(targets[i])), str(int(answers[i]))) for i in surest]
+    assert [float(row[3]) for row in rows] == pytest.approx(certainty[surest].tolist(), abs=1e-5)
+    assert all(Path(row[0]).parent.name == row[1] for row in rows)
+    assert len(list((folder / "mistakes").iterdir())) == len(rows) > 10
     with Image.open(folder / "report.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").getcolors(10**6)) > 50
@@ -132,7 +140,7 @@ def test_classes_without_an_image_are_left_out(tmp_path):
     report = Report(["a", "b", "c"], torch.device("cpu"))
     logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0], [0.0, -1.0, 3.0]])
     for name in ("first", "again"):  # it starts afresh
-        report.add(logits, torch.tensor([0, 2, 0]))
+        report.add(logits, torch.tensor([0, 2, 0]), torch.arange(3))
         said = report.write(tmp_path / name)
         assert said.startswith("mean accuracy of the classes 75.00 %")
         assert rows_of(tmp_path / name / "per_class.csv")[1:] == [["a", "2", "1", "0.5"], ["c", "1", "1", "1.0"]]
@@ -231,7 +239,7 @@ def test_a_run_on_weights_and_biases(tmp_path, digits, monkeypatch):
     last = [event for event in map(json.loads, events) if event["event"] == "train"][-1]
     assert [summary["step"] for summary in summaries] == [2, 4] == [last["step"] - 2, last["step"]]
     assert summaries[-1]["train/loss"] == pytest.approx(last["loss"])
-    assert "model/top1" in summaries[-1]
+    assert "val/top1" in summaries[-1]
 
 
 def test_wandb_is_imported_only_when_asked_for(run_main, digits, tmp_path):

@@ -122,7 +122,7 @@ def test_a_picture_shows_a_dollar_as_it_is(tmp_path):
     names = [r"$\frac{$", "a$^b$", *CLASSES, "x" * 30 + "1", "x" * 30 + "2"]
     report = Report(names, torch.device("cpu"))
     count = torch.arange(len(names))
-    report.add(torch.eye(len(names)), count)
+    report.add(torch.eye(len(names)), count, count)
     report.write(tmp_path)
     assert (tmp_path / "report.png").stat().st_size > 10_000
 

@@ -38,7 +38,9 @@ def test_quickstart(quickstart, more, least, times):
         assert done.returncode == 0, done.stdout + done.stderr
         top1 = re.search(r"Top-1 on the digits: ([\d.]+) %", done.stdout)
         assert float(top1[1]) >= least
-        assert (project / "quickstart/crossformer_micro/digits/curves.png").stat().st_size > 10_000
+        page = (project / "quickstart/crossformer_micro/digits/report.html").read_text(encoding="utf-8")
+        assert "Images that it gets wrong" in page
+        assert "The first batch" in page
         assert "torchrun --nproc_per_node 8 main.py --cfg configs/small.yaml --data-path /imagenet" in done.stdout
     assert ("carrying on from" in done.stdout) == (times > 1)
 
@@ -61,6 +63,8 @@ def test_other_tasks(quickstart, task, result, cfg):
         images = [path.stem for path in (project / "examples/nuclei/images/val").iterdir()]
         assert {path.stem for path in (project / "quickstart/found/overlays").iterdir()} == {*images}
         assert Image.open(project / "quickstart/found.png").width > 224
+        (page,) = (project / "quickstart").glob("*/nuclei/report.html")
+        assert "Images with the" in page.read_text(encoding="utf-8")
         assert f"torchrun --nproc_per_node 8 main.py --cfg configs/{cfg} --pretrained crossformer-s.pth" in done.stdout
     assert "carrying on from" in done.stdout
 

@@ -1,11 +1,16 @@
 """One step: what is random in it depends on the seed, the step, the micro-step and the rank, and on nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from config import build_config
 from data import Batch
+from data.augmentation import build_mixing
 from engine.precision import Precision
+from engine.run import Run
 from engine.step import TrainStep, cut
 
 CPU = torch.device("cpu")
@@ -68,3 +73,23 @@ def test_a_batch_is_cut_without_losing_a_sample():
     parts = cut(batch, 4)
     assert torch.cat([part.targets for part in parts]).tolist() == list(range(10))
     assert cut(batch, 1) == [batch]
+
+
+def test_the_first_batch_is_drawn_from_a_copy():
+    """timm mixes images in place, and the step is to mix them once."""
+    config = build_config("configs/micro.yaml", ["AUG.CUTMIX", "1.0", "AUG.MIXUP", "0.8"])
+    mixing, kept = build_mixing(config, 10), {}
+
+    def prepare(batch):
+        images, targets = mixing(batch.images, batch.targets)
+        return batch._replace(images=images, targets=targets)
+
+    log = SimpleNamespace(keep_whole=kept.__setitem__, pictures=lambda *_: None)
+    precision = SimpleNamespace(device=torch.device("cpu"))
+    run = SimpleNamespace(config=config, task=SimpleNamespace(prepare=prepare), precision=precision, log=log)
+    batch = Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4))
+    before = batch.images.clone()
+    Run._show(run, batch)
+    assert torch.equal(batch.images, before)
+    assert kept["first_batch.png"].startswith(b"\x89PNG")
+    assert not torch.equal(prepare(batch).images, before)

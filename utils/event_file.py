@@ -6,12 +6,15 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from utils.files import Appender, Unwritten
+from utils.names import printable
 
 PREFIX = "events.out.tfevents."
 
@@ -31,14 +34,26 @@ class EventFile(Appender):
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add a point to each of these curves."""
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._add(Summary(value=[Summary.Value(tag=name, simple_value=v) for name, v in values.items()]), step)
+
+    def _add(self, summary: Summary, step: int) -> None:
         self.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+
+    def text(self, name: str, words: str) -> None:
+        """Add a text, which is shown as it is."""
+        self._add(summary.text(name, "\n".join(f"    {line}" for line in words.splitlines())), 0)
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """Tell the settings of the run, which TensorBoard lists beside the last points of its curves."""
+        simple = {key: v if isinstance(v, bool | int | float) else printable(str(v)) for key, v in values.items()}
+        _, *parts = summary.hparams(simple, {})  # the first tells which settings and curves there are in all runs
+        for part in parts:
+            self._add(part, 0)
 
     def pictures(self, pictures: Mapping[str, bytes], step: int) -> None:
         """Add pictures, each a PNG file."""
         images = {name: Summary.Image(encoded_image_string=data) for name, data in pictures.items()}
-        summary = Summary(value=[Summary.Value(tag=name, image=image) for name, image in images.items()])
-        self.add(_record(Event(wall_time=time.time(), step=step, summary=summary)))
+        self._add(Summary(value=[Summary.Value(tag=name, image=image) for name, image in images.items()]), step)
 
 
 def _record(event: Event) -> bytes:

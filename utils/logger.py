@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from utils.distributed import is_main
+from utils.distributed import is_main, world_size
 from utils.errors import UserError
 from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
 from utils.lock import Lock
 from utils.names import printable
+from utils.settings import Section, flatten
 
 
 class RunLog:
@@ -85,8 +86,12 @@ class RunLog:
             self._growing.setdefault(name, Appender(folder / name, self.unwritten)).add(records.encode("latin-1"))
         if mode == "train":
             for values in lines:
-                if values["step"] >= purge_step and "checkpoint" not in values:
+                if "checkpoint" not in values and values["event"] != "start" and values["step"] >= purge_step:
                     self._add_to_event_file(values)
+            self._growing["tensorboard"].text("config", config.dump())
+            self._growing["tensorboard"].settings(unusual(config))
+            began = {"event": "start", "step": first_step, "processes": world_size(), "time": int(time.time())}
+            self.append("metrics.jsonl", json.dumps(began))
             if config.LOG.WANDB:
                 from utils.wandb_run import start_wandb
 
@@ -193,13 +198,15 @@ class RunLog:
     def _note(self, text: str) -> None:
         self.append("log.txt", f"{time.strftime('%F %T')}  {text}")
 
-    def keep_whole(self, name: str, text: str) -> None:
+    def keep_whole(self, name: str, content: str | bytes) -> None:
         """Write a small file of the results folder, and again when it is removed."""
-        self._whole.append(WholeFile(self.folder / name, text.encode(), self.unwritten))
+        data = content.encode() if isinstance(content, str) else content
+        self._whole.append(WholeFile(self.folder / name, data, self.unwritten))
 
     def _add_metrics(self, values: dict[str, Any]) -> None:
         self._lock.check()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite["time"] = int(time.time())
         self.append("metrics.jsonl", json.dumps(finite))
         self._add_to_event_file(values)
         if self._wandb:
@@ -213,11 +220,24 @@ class RunLog:
             self._growing["tensorboard"].scalars(curves_of(values), values["step"])
 
 
+def unusual(config: Section) -> dict[str, Any]:
+    """The settings that are not at their defaults, by their keys."""
+    defaults = type(config).settings()
+    return {key: value for key, value in flatten(config).items() if value != defaults[key].default}
+
+
+OF_THE_MACHINE = {"images_per_second", "data_wait", "memory_bytes", "skipped_images", "skipped_steps"}
+OF_WEIGHTS = {"model": "val", "ema": "val_ema"}
+
+
 def curves_of(values: dict[str, Any]) -> dict[str, float]:
-    """Give the points of a line of ``metrics.jsonl`` by the name of the curve: all that is a fraction."""
-    group = "train" if values["event"] == "train" else values["weights"]
-    fractions = {name: math.nan if v is None else v for name, v in values.items() if isinstance(v, float | None)}
-    return {f"{group}/{name}": value for name, value in fractions.items()}
+    """Give the points of a line of ``metrics.jsonl`` by the names of their curves: train/, val/, val_ema/, system/."""
+    group = "train" if values["event"] == "train" else OF_WEIGHTS[values["weights"]]
+    curves = {f"system/{name}": float(values[name]) for name in OF_THE_MACHINE & values.keys()}
+    for name, value in values.items():
+        if isinstance(value, float | None) and name not in OF_THE_MACHINE:
+            curves[f"{group}/{name}"] = math.nan if value is None else value
+    return curves
 
 
 def forget_after(metrics: Path, step: int, evaluated_step: int, forget: bool = True) -> tuple[float, list[dict]]:
@@ -236,7 +256,8 @@ def forget_after(metrics: Path, step: int, evaluated_step: int, forget: bool = T
             try:
                 values = json.loads(line)
                 is_evaluation = values["event"] == "eval"
-                keep = "checkpoint" in values or values["step"] <= (evaluated_step if is_evaluation else step)
+                keep = "checkpoint" in values or (values["event"] == "start" and step > 0)
+                keep = keep or values["step"] <= (evaluated_step if is_evaluation else step)
             except (ValueError, KeyError, TypeError):
                 continue
             if keep:

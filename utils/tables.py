@@ -1,10 +1,16 @@
-"""Tables of figures, for a terminal and for a Markdown page."""
+"""Tables of figures, for a terminal, for a Markdown page and as CSV."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box, table
 from rich.console import Console
+
+from utils.files import write_whole
+from utils.names import harmless
 
 
 @dataclass
@@ -39,3 +45,18 @@ def show(*items: Table | str) -> None:
             needed = console.measure(item, options=console.options.update(width=1000)).maximum
             console.width = max(console.width, needed)
         console.print(item, highlight=False)
+
+
+def csv_of(header: Sequence[str], rows: Iterable[Iterable]) -> bytes:
+    """A table as a CSV file that a spreadsheet shows as it is: no cell is taken for a formula."""
+    csv.writer(out := io.StringIO(newline="")).writerows([harmless(cell) for cell in row] for row in (header, *rows))
+    return out.getvalue().encode(errors="backslashreplace")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable]) -> None:
+    """Write such a file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_whole(path, csv_of(header, rows))

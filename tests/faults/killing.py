@@ -28,7 +28,7 @@ from utils import checkpoint  # noqa: E402
 CALLS = ("replace", "link", "unlink", "fsync")
 WRITES_OF_CHECKPOINTS = 12
 """Of the many writes into checkpoints, so many are tried."""
-TIMED = ("images_per_second", "data_wait", "memory_bytes")
+TIMED = ("images_per_second", "data_wait", "memory_bytes", "time")
 FLAGS = (
     *TINY_RUN, "MODEL.CROSSFORMER.EMBED_DIM", "16", "MODEL.CROSSFORMER.DEPTHS", "[1, 1, 1, 1]",
     "MODEL.DROP_PATH_RATE", "0.2", "AUG.MIXUP", "0.8", "TRAIN.EMA_DECAY", "0.9", "TRAIN.EPOCHS", "3",
@@ -123,7 +123,7 @@ def files_of(folder: Path) -> dict:
             found[name] = torch.load(path, weights_only=True)
         elif name == "metrics.jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+            found[name] = [{k: v for k, v in row.items() if k not in TIMED} for row in rows if row["event"] != "start"]
         elif name == "config.yaml":
             found[name] = path.read_text()
         elif not name.startswith("tensorboard/"):
