@@ -98,9 +98,10 @@ def start(hang_minutes: float = 0.0) -> torch.device:
                 device_id=device if device.type == "cuda" else None,
             )
         except RuntimeError as error:
+            said = _unreachable(error, device)
             with suppress(RuntimeError):
-                _store.set(UNREACHABLE, name_of(rank()))
-            raise UserError(_unreachable(error, device)) from error
+                _store.set(UNREACHABLE, said)
+            raise UserError(said) from error
         finally:
             connected.set()
     if dist.is_initialized():
@@ -132,8 +133,7 @@ def _end_with_others(store: dist.Store, connected: threading.Event) -> None:
     while not connected.wait(SECONDS_BETWEEN_LOOKS):
         with suppress(RuntimeError):
             if store.check([UNREACHABLE]) and not connected.wait(SECONDS_BETWEEN_LOOKS):
-                other = store.get(UNREACHABLE).decode()
-                print(f"error (rank {rank()}): {other} cannot connect; see what it says", file=sys.stderr, flush=True)
+                print(f"error (rank {rank()}): {store.get(UNREACHABLE).decode()}", file=sys.stderr, flush=True)
                 os._exit(USER_ERROR_STATUS)
 
 
@@ -154,9 +154,10 @@ def _unreachable(error: RuntimeError, device: torch.device) -> str:
     chosen = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     interfaces = ", ".join(name for _, name in socket.if_nameindex())
     now = f" (now {chosen[0]})" if chosen else ""
+    host = socket.gethostname()
     return (
-        f"rank {rank()} on {socket.gethostname()} cannot connect to the others ({reason}): name the network interface "
-        f"that reaches them in {' and '.join(names)}{now}; this host has {interfaces}"
+        f"rank {rank()} on {host} cannot connect to the others ({reason}): name the network interface "
+        f"that reaches them in {' and '.join(names)}{now}; {host} has {interfaces}"
     )
 
 
