@@ -91,7 +91,11 @@ class ObjectStorage:
     def stop(self) -> None:
         """End it; what it has stored stays."""
         self._process.terminate()
-        self._process.wait(30)
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:  # it may wait for a client that holds its connection
+            self._process.kill()
+            self._process.wait(30)
 
 
 class SlowProxy:
