@@ -21,7 +21,6 @@ MOST_CLASSES = 30
 SMALL = 100
 """Pixels of the longer side; a smaller picture is not blurred when it is enlarged."""
 
-
 PICTURES = {"lowest.png": "Images with the lowest IoU", "worst.png": "Images with the most errors"}
 """That the evaluation of a dense task draws."""
 
@@ -70,9 +69,7 @@ def write_page(runs: list[Results], defaults: dict[str, Any]) -> str:
         setting_heads=["setting", *(["default", "here"] if single else [run.name for run in runs])],
         settings=[[Cell(text) for text in row] for row in settings_of(runs, defaults)],
         pictures=[first_batch(single)] if single and (single.folder / "first_batch.png").is_file() else [],
-        reports=[read_report(single, weights, folder) for weights, folder in single.reports().items()]
-        if single
-        else [],
+        reports=[read_report(single, *report) for report in single.reports().items()] if single else [],
         missing=missing_report(single) if single else "",
         script=script,
         script_hash=f"sha256-{digest}",
@@ -182,7 +179,7 @@ def cell_of(text: str) -> Cell:
         return Cell(text)
     if not math.isfinite(value):
         return Cell(text)
-    return Cell(text if value == int(value) else f"{value:.4f}", value)
+    return Cell(text if value.is_integer() else f"{value:.4f}", value)
 
 
 def confusions(table: list[list[str]]) -> dict[str, Any]:

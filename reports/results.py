@@ -157,7 +157,7 @@ def facts_of(run: Results) -> dict[str, Any]:
     scored = [e for e in run.evaluations if metric and number(e.get(metric)) is not None]
     best = max(scored, key=lambda e: e[metric], default={})
     of_model = [e for e in scored if e.get("weights") == "model"]
-    last, shown = run.train[-1], run.of("model") or run.evaluations
+    last, evaluated = run.train[-1], run.of("model") or run.evaluations
     return {
         "run": run.name,
         "metric": METRICS.get(metric or ""),
@@ -165,7 +165,7 @@ def facts_of(run: Results) -> dict[str, Any]:
         "best_step": best.get("step"),
         "best_weights": best.get("weights"),
         "last": of_model[-1][metric] if of_model and metric else None,
-        "last_loss": number(shown[-1].get("loss")) if shown else None,
+        "last_loss": number(evaluated[-1].get("loss")) if evaluated else None,
         "step": last["step"],
         "epoch": number(last.get("epoch")),
         "hours": max((e["hours"] for e in run.train + run.evaluations if "hours" in e), default=None),
