@@ -35,6 +35,21 @@ class Data(Section):
     FORMAT: str = setting(
         "auto", "Layout of the data set: imagenet is the official archives, others are timm's, as hfds/NAME",
         choices=("auto", "folder", "tar", "zip", "imagenet"), or_with="/", on_resume=FREE, task=CLASSES)
+    MORE_PATHS: list[str] = setting(
+        [], "Further folders in any layout, whose images are added to those of DATA_PATH", on_resume=FREE, task=CLASSES,
+        wanted="a list of folders")
+    VAL_SHARE: float = setting(
+        0.0, "Share of each class that is set apart to evaluate on, where the data has no val, as a folder CLASS/*.jpg "
+        "has none; which images, their names and SEED decide", at_least=0, below=1, task=CLASSES)
+    LABELS: str = setting(
+        "", "CSV file with the class of each image below DATA_PATH, and perhaps its split (docs/data.md)", path=True,
+        on_resume=FREE, task=CLASSES)
+    VAL_LABELS: str = setting(
+        "", "Another one, of the validation images; LABELS has the training images then", path=True, on_resume=FREE,
+        task=CLASSES)
+    LABEL_COLUMNS: list[str] = setting(
+        [], "Columns of the file and the class in LABELS; [] finds them by their usual names", length=2,
+        wanted="the names of two columns, for example [filename, label]", on_resume=FREE, task=CLASSES)
     CACHE_DIR: str = setting(
         "", "Where the index of a data set that cannot be written to is kept, and images of object storage; "
         "the user's cache folder when empty", path=True, on_resume=FREE)

@@ -19,10 +19,11 @@ from benchmarks import common
 from benchmarks.common import ratio, rounded
 from config import CLASSES, build_config
 from data.augmentation import Plan, augments_on_device, build_train_stage, build_train_transform
-from data.build import build_train_loader, open_images
+from data.build import build_train_loader
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding, decode
 from data.index import Index
+from data.splits import open_images
 from utils.errors import UserError
 from utils.image_size import height_and_width
 from utils.machine import this_device

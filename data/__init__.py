@@ -6,10 +6,11 @@ seed and the step, and a loader (``loading``) brings batches of them to the devi
 """
 
 from data.augmentation import build_mixing
-from data.build import build_eval_loader, build_train_loader, fingerprint, open_images
+from data.build import build_eval_loader, build_train_loader, fingerprint
 from data.dataset import Sample
 from data.index import Index
 from data.loading import Batch
+from data.splits import open_images
 
 __all__ = [
     "Batch",

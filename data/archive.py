@@ -42,6 +42,12 @@ class ArchiveIndex(ImageIndex):
             UserError: it does not fit the index.
         """
 
+    def name_in_class(self, i: int) -> str:
+        """Read the name of image ``i`` in its archive, without the folder of its class if it has one."""
+        member = self.member(i)
+        folder, name = class_and_name(member)
+        return name if not folder or folder == self.classes[self.labels[i]] else member
+
     def name(self, i: int) -> str:
         try:
             member = self.member(i)

@@ -3,9 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
-from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,19 +11,15 @@ from data.augmentation import DeviceStage
 from data.coco import EXPECTED as EXPECTED_COCO
 from data.coco import ObjectIndex, check_same_classes, find_coco_layout
 from data.dataset import ImageDataset, Sample
-from data.index import ImageIndex, Index, Layout, folder_of_mine, open_index
-from data.layouts import find_layout, missing
+from data.index import ImageIndex, Index, open_index
 from data.loading import EvalLoader, TrainLoader
 from data.pair_layouts import EXPECTED, find_pair_layout
 from data.pairs import LabelMaps
-from data.remote import RemoteTarIndex, Store, find_remote_layout, is_url
 from data.sampling import EvalBatches, GroupedTrainBatches, TrainBatches
-from data.timm_index import TimmIndex
+from data.splits import root_of
 from utils.distributed import local_rank, once_a_host, rank, world_size
 from utils.errors import UserError
 from utils.rules import HEADS_WITH_MASKS
-
-EXPECTED_IMAGES = "train/CLASS/*.jpg (see docs/data.md)"
 
 
 def build_train_loader(
@@ -86,66 +79,6 @@ def build_eval_loader(
     return EvalLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
 
 
-def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, ImageIndex | TimmIndex, list[str]]:
-    """Open the images of classes in DATA.DATA_PATH, both splits numbered by the classes of the training images.
-
-    Returns:
-        the index of the training images (None unless ``training``), that of the validation images, and the classes.
-
-    Raises:
-        UserError: something is missing, damaged or empty.
-    """
-    if "/" in config.DATA.FORMAT:
-        return _open_with_timm(config, _root(config, EXPECTED_IMAGES), training)
-    train, val, classes = once_a_host(lambda: _open_images(config, training))
-    for index in (val, train):  # the one that is read again and again first, should there not be room for both
-        if isinstance(index, RemoteTarIndex) and config.DATA.CACHE_GB:
-            index.cache_in(folder_of_mine(config.DATA.CACHE_DIR), int(1e9 * config.DATA.CACHE_GB))
-    return train, val, classes
-
-
-def _open_images(config, training: bool) -> tuple[ImageIndex | None, ImageIndex, list[str]]:
-    find: Callable[[str], Layout | None]
-    if is_url(config.DATA.DATA_PATH):
-        if config.DATA.FORMAT not in ("auto", "tar"):
-            raise UserError(f"DATA.FORMAT {config.DATA.FORMAT}: data at a URL are tar shards; leave it at auto")
-        root: Path | str = config.DATA.DATA_PATH
-        find = partial(find_remote_layout, Store(config.DATA.DATA_PATH))
-    else:
-        root = _root(config, EXPECTED_IMAGES)
-        find = partial(find_layout, root, layout=config.DATA.FORMAT)
-    layouts = {"train": None, "val": find("val")}
-    with nullcontext() if training else suppress(UserError):  # evaluation only takes the names of its classes
-        layouts["train"] = find("train")
-    for split in ("train", "val") if training else ("val",):
-        if layouts[split] is None:
-            raise missing(root, split, "tar" if is_url(config.DATA.DATA_PATH) else config.DATA.FORMAT)
-    there, cache_dir = {split: layout for split, layout in layouts.items() if layout is not None}, config.DATA.CACHE_DIR
-    train = open_index(there["train"], cache_dir) if training else None
-    classes = train.classes if train is not None else there.get("train", there["val"]).classes(cache_dir)
-    return train, open_index(there["val"], cache_dir).with_classes(classes), classes
-
-
-def _root(config, expected: str) -> Path:
-    if not config.DATA.DATA_PATH:
-        raise UserError(f"DATA.DATA_PATH is not set: give --data-path DIR with {expected}")
-    root = Path(config.DATA.DATA_PATH)
-    if not os.path.isdir(root):
-        raise UserError(f"DATA.DATA_PATH {root} is not a folder; give the one with {expected}")
-    return root
-
-
-def _open_with_timm(config, root: Path, training: bool) -> tuple[TimmIndex | None, TimmIndex, list[str]]:
-    train = TimmIndex(config.DATA.FORMAT, root, "train") if training else None
-    val = TimmIndex(config.DATA.FORMAT, root, "validation")
-    classes = (train or val).classes or [str(i) for i in range(config.MODEL.NUM_CLASSES)]
-    if train and train.classes != val.classes:
-        raise UserError(f"DATA.FORMAT {config.DATA.FORMAT}: train and validation do not have the same classes")
-    if not classes:
-        raise UserError(f"DATA.FORMAT {config.DATA.FORMAT} does not tell its classes: set MODEL.NUM_CLASSES")
-    return train, val, classes
-
-
 def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, list[str]]:
     """Open the images with label maps in DATA.DATA_PATH.
 
@@ -159,7 +92,9 @@ def open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, lis
 
 
 def _open_pairs(config, training: bool) -> tuple[LabelMaps | None, LabelMaps, list[str]]:
-    root = _root(config, "images/train, images/val, masks/train, masks/val and classes.txt (see docs/segmentation.md)")
+    root = root_of(
+        config, "images/train, images/val, masks/train, masks/val and classes.txt (see docs/segmentation.md)"
+    )
     indexes: dict[str, LabelMaps] = {}
     for split in ("train", "val") if training else ("val",):
         layout = find_pair_layout(root, split)
@@ -197,7 +132,7 @@ def open_coco(config, splits: Iterable[str]) -> dict[str, ObjectIndex]:
     Raises:
         UserError: something is missing, damaged or empty, or the splits have other classes.
     """
-    root = _root(config, f"{EXPECTED_COCO.format(split='train')} (see docs/detection.md)")
+    root = root_of(config, f"{EXPECTED_COCO.format(split='train')} (see docs/detection.md)")
     indexes: dict[str, ObjectIndex] = {}
     for split in splits:
         layout = find_coco_layout(root, split)

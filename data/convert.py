@@ -1,6 +1,5 @@
 """Boxes in Pascal VOC's and YOLO's formats, made into COCO's."""
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ import yaml
 from data.coco_json import shown
 from data.decoding import open_picture, orientation_of, read_file
 from data.files import find_images
+from data.parts import falls_to_val
 from utils.errors import UserError
 from utils.files import reason_of
 
@@ -126,17 +126,13 @@ def area_of(polygon: tuple[float, ...]) -> float:
     return abs(sum(x * next_y - next_x * y for x, y, (next_x, next_y) in zip(xs, ys, after, strict=True))) / 2
 
 
-def in_val(name: str, share: float) -> bool:
-    """Tell whether an image belongs to val: a function of its file's name alone, so that more images move none."""
-    digest = hashlib.blake2b(PurePosixPath(name).stem.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
 def divided(images: list[Labelled], val_share: float | None) -> dict[str, list[Labelled]]:
-    """Share images out to train and val."""
+    """Share images out to train and val, each by the name of its file alone, so that more images move none."""
     parts: dict[str, list[Labelled]] = {"train": [], "val": []}
+    share = SHARE if val_share is None else val_share
     for image in images:
-        parts["val" if in_val(image.name, SHARE if val_share is None else val_share) else "train"].append(image)
+        key = PurePosixPath(image.name).stem.encode("utf-8", "surrogateescape")
+        parts["val" if falls_to_val(share, key) else "train"].append(image)
     return parts
 
 

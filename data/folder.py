@@ -43,12 +43,17 @@ class FileIndex(ImageIndex):
 
 
 class FolderLayout(Layout):
-    """The tree below ``root / folder``."""
+    """The tree below ``root / folder``; ``.`` is the root itself."""
 
     index_class = FileIndex
 
     def __init__(self, root: Path, folder: str):
-        self.root, self.name, self.folder, self.archives = root, f"{folder}-folder", root / folder, [root / folder]
+        self.root, self.folder, self.archives = root, root / folder, [root / folder]
+        self.name = "flat-folder" if self.folder == root else f"{folder}-folder"
+
+    def places(self, cache_dir: str) -> list[Path]:
+        places = super().places(cache_dir)
+        return places[1:] if self.folder == self.root else places  # the folder's date would change by it
 
     def classes(self, cache_dir: str) -> list[str]:
         return _class_names(self.folder, list_folder(self.folder, folders_above(self.folder)))
@@ -83,7 +88,7 @@ class FolderLayout(Layout):
             "names": np.frombuffer(b"".join(names), dtype=np.uint8),
             "ends": np.concatenate(ends),
         }
-        return Scan(classes, arrays, [self.folder.name], sources, fewer_kinds(left_out))
+        return Scan(classes, arrays, [os.path.relpath(self.folder, self.root)], sources, fewer_kinds(left_out))
 
 
 def _class_names(folder: Path, inside: Entries) -> list[str]:

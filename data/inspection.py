@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.build import open_images
 from data.dataset import read_item
 from data.decoding import BadImage, Decoding, decode_with_orientation, is_deep_grey, open_picture
 from data.index import Index, Layout, open_index
 from data.layouts import find_layout
+from data.near_duplicates import look_of, pairs_alike
+from data.splits import open_images
 from utils.errors import UserError
 from utils.processes import forked
 from utils.progress import with_progress
@@ -64,6 +65,7 @@ RECORD = np.dtype(
         ("kinds", "u2"),
         ("orientation", "u1"),
         ("format", "S8"),
+        ("look", "u1", 32),  # see near_duplicates.py
     ]
 )
 """All that is kept of an image."""
@@ -128,7 +130,8 @@ def open_splits(config) -> tuple[dict[str, Index], list[str]]:
     """Open those of train and val that are there; returns the names of the classes too."""
     root, layout = Path(config.DATA.DATA_PATH), config.DATA.FORMAT
     there = ["train", "val"]
-    if config.DATA.DATA_PATH and root.is_dir() and "/" not in layout:
+    plain = not (config.DATA.VAL_SHARE or config.DATA.LABELS or config.DATA.MORE_PATHS)
+    if config.DATA.DATA_PATH and root.is_dir() and "/" not in layout and plain:
         there = [split for split in there if find_layout(root, split, layout)]
     if there == ["train"]:
         only = open_index(cast(Layout, find_layout(root, "train", layout)), config.DATA.CACHE_DIR)
@@ -195,6 +198,7 @@ def examine(index: Index, i: int, record: np.void, decoding: Decoding) -> tuple[
         reason = one_line(error)
         return None, "empty" if data == b"" else "truncated" if "truncated" in reason.lower() else "broken", reason
     record["height"], record["width"] = pixels.shape[1:]
+    record["look"] = look_of(pixels)
     # A JPEG that only the fast decoder takes is just not odd
     with suppress(Exception), open_picture(data, decoding.max_pixels) as picture:
         record["format"] = (picture.format or "").encode()
@@ -262,6 +266,7 @@ def make_report(config, splits: dict[str, Inspection], classes: list[str]) -> di
         "classes": len(classes),
         "splits": {name: describe_split(split, classes) for name, split in splits.items()},
         "leaks": leaks,
+        "alike": find_alike(splits),
         "data_mean": list(config.DATA.MEAN),
         "data_std": list(config.DATA.STD),
     }
@@ -366,6 +371,18 @@ def find_leaks(splits: dict[str, Inspection], classes: list[str]) -> list[dict]:
                 }
             )
     return leaks
+
+
+def find_alike(splits: dict[str, Inspection]) -> list[dict[str, str]]:
+    """List pairs of an image of train and one of val that look alike and do not have the same bytes."""
+    if len(splits) < 2:
+        return []
+    train, val = splits["train"], splits["val"]
+    return [
+        {"train": train.index.name(i), "val": val.index.name(j)}
+        for i, j in pairs_alike(train.records["look"], val.records["look"])
+        if train.records["hash"][i] != val.records["hash"][j]
+    ]
 
 
 def equal_groups(hashes: np.ndarray) -> list[list[int]]:

@@ -42,6 +42,9 @@ def print_report(report: dict, left_out: str, file: Path, sheet: Path | None) ->
         print_list(f"more than once in {name} ({len(lines):,})", lines, file, "yellow")
     lines = [f"{' = '.join(group['val'] + group['train'])}{differing(group)}" for group in report["leaks"]]
     print_list(f"in val and in train too ({len(lines):,})", lines, file, "red")
+    lines = [f"{pair['val']} ~ {pair['train']}" for pair in report["alike"]]
+    alike = "the same photograph in another size or quality, or frames of one film: they make the accuracy look better"
+    print_list(f"alike in val and in train ({len(lines):,}), perhaps {alike}", lines, file, "yellow")
     say(f"\neverything in {file}" + (f", what training makes of the images in {sheet}" if sheet else ""))
     verdict = "the data set is sound" if report["sound"] else "the data set is NOT sound: mend what is listed in red"
     verdict += f"; {left_out}" * bool(left_out)

@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data.archive import ArchiveIndex, class_and_name
+from data.archive import ArchiveIndex
 from data.dataset import read_item
 from data.decoding import ORIENTATION, BadImage, Decoding, decode_with_orientation, jpeg_size, tensor_to_pil
 from data.files import is_companion, is_image
@@ -31,6 +31,7 @@ from data.folder import FileIndex
 from data.index import Index
 from data.pair_tar import LABELS
 from data.pairs import LabelMaps, decode_labels
+from data.parts import PartOfIndex
 from data.remote import Store
 from data.sampling import epoch_order
 from utils.errors import UserError
@@ -327,30 +328,25 @@ def shrink(data: bytes | Image.Image, recipe: Recipe) -> bytes:
 
 def name_in_class(index: Index, i: int) -> str:
     """Find the name that sorts image ``i`` within its class; no two images of a class have the same."""
+    if isinstance(index, PartOfIndex):
+        return name_in_class(index.whole, int(index.rows[i]))
     if isinstance(index, FileIndex):
         name = "".join(letter if letter.isprintable() else "?" for letter in index.name_in_class(i))
         stem, _, suffix = name.rpartition(".")
         return f"{stem}~{i:08d}.{suffix}" if "?" in name else name
     if not isinstance(index, ArchiveIndex):
         return f"{i:08d}.jpg"
-    name = member_in_class(index, i)
+    name = index.name_in_class(i)
     stem, _, suffix = name.rpartition(".")
     if not is_image(name):  # of a very long name the end is cut off
         stem, suffix = name, "jpg"
-    repeated = i and index.labels[i] == index.labels[i - 1] and member_in_class(index, i - 1) == name
+    repeated = i and index.labels[i] == index.labels[i - 1] and index.name_in_class(i - 1) == name
     return f"{stem}~{i:08d}.{suffix}" if repeated or is_ambiguous(name) else name
 
 
 def visible(name: str) -> str:
     """Change a name where whoever reads the archive would take it for a hidden file."""
     return "/".join(f"_{part}" if is_companion(part) else part for part in name.split("/"))
-
-
-def member_in_class(index: ArchiveIndex, i: int) -> str:
-    """Take the name in the archive, without the folder of the class if it has one."""
-    member = index.member(i)
-    folder, name = class_and_name(member)
-    return name if not folder or folder == index.classes[index.labels[i]] else member
 
 
 def is_ambiguous(name: str) -> bool:

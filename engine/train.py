@@ -103,9 +103,8 @@ def train_in_folder(
             f"{loaders.described}  run {output_dir(config)}"
         )
         indexes = {"train": loaders.train.dataset.index, "val": loaders.val.dataset.index}
-        for line in filter(
-            None, [describe_hosts(), lock.note, unshared, *left_out(config), describe_left_out(indexes), *started_from]
-        ):
+        notes = describe_hosts(), lock.note, unshared, *left_out(config), describe_left_out(indexes), *loaders.notes
+        for line in filter(None, (*notes, *started_from)):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image

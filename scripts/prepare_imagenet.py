@@ -18,11 +18,12 @@ from rich.filesize import decimal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import CLASSES, PIXELS, build_config
-from data.build import open_images, open_pairs
+from data.build import open_pairs
 from data.decoding import build_decoding
 from data.files import describe_left_out
 from data.remote import Store, is_url, is_web, publish_index
 from data.shards import Made, Recipe, Split, alone, begin, begin_in_store, folders_of, write_shards, write_zip
+from data.splits import open_images
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.files import write_whole, writing

@@ -13,11 +13,12 @@ from utils.errors import UserError
 
 
 class Loaders(NamedTuple):
-    """What training reads, and a description for the first line of its log."""
+    """What training reads, a description for the first line of its log, and further lines of it."""
 
     train: TrainLoader
     val: EvalLoader
     described: str
+    notes: tuple[str, ...] = ()
 
 
 class Evaluator(Protocol):

@@ -20,11 +20,12 @@ from data.augmentation import (
     build_train_stage,
     build_train_transform,
 )
-from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory, open_images
+from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding
 from data.index import Index
 from data.loading import Batch, EvalLoader
+from data.splits import describe_share, open_images
 from models import build_model, load_weights
 from tasks import Loaders
 from tasks.class_names import as_ids, named_classes, number_as_the_model
@@ -83,7 +84,8 @@ class Classification:
             f"{len(train):,} images of {len(self.classes):,} classes  "
             f"augmented {'on the GPU' if on_device else 'by the loader processes'}"
         )
-        return Loaders(loader, self._eval_loader(val), described)
+        share = describe_share(config, train, val, self.classes)
+        return Loaders(loader, self._eval_loader(val), described, (share,) if share else ())
 
     def eval_loader(
         self, content: dict[str, Any], weights: dict[str, Tensor], path: str
@@ -94,7 +96,8 @@ class Classification:
         keep_in_memory(config, images)
         val, self.classes, present = number_as_the_model(images, there, content, weights, config.MODEL.NAME, path)
         self.check(content, path)
-        lines = [line for line in [prepared_otherwise(content, config, path)] if line]
+        notes = *prepared_otherwise(content, config, path), describe_share(config, None, images, there)
+        lines = [line for line in notes if line]
         if self.classes != there:
             lines.append(f"the classes are numbered as in {path}")
         if present:

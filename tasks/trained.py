@@ -1,6 +1,7 @@
 """A trained model from a file: the architecture, the weights, the names of the classes, and how to prepare an image."""
 
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import timm
@@ -31,6 +32,8 @@ PREPARATION = (
     *SAID_BESIDES.values(),
 )  # fmt: skip
 """The settings that decide what a model sees of an image."""
+SET_APART = "DATA.VAL_SHARE", "SEED"
+"""The settings that decide which images it has not been trained on, where the data does not."""
 
 
 class TrainedModel(NamedTuple):
@@ -172,8 +175,8 @@ def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str
     return [(key, value, path) for key, value in settings.items()]
 
 
-def prepared_otherwise(content: dict, config: Config, path: str) -> str:
-    """A line that names what of the settings differs from how a checkpoint's images were prepared; else empty."""
+def prepared_otherwise(content: dict, config: Config, path: str) -> list[str]:
+    """Lines that name what of the settings differs from how a checkpoint's images were chosen and prepared."""
     saved, there = content.get("config"), {}
     if isinstance(saved, str):
         there = flatten(default_config()) | settings_in(saved, path)
@@ -181,6 +184,15 @@ def prepared_otherwise(content: dict, config: Config, path: str) -> str:
         there = flatten(build_config(flags=preparation_of(content["timm"], path)))  # values as settings have them
     here = flatten(config)
     matter = [key for key in PREPARATION if key != "TEST.CROP_PCT" or here["TEST.CROP"]]
-    differing = [key for key in matter if there.get(key, here[key]) != here[key]]
-    differing = [f"{key} {here[key]} (there {there[key]})" for key in differing]
-    return f"images are prepared otherwise than {path} says: {', '.join(differing)}" if differing else ""
+    lines = []
+    if differing := _differing(matter, here, there):
+        lines.append(f"images are prepared otherwise than {path} says: {differing}")
+    differing = _differing(SET_APART, here, there)
+    if differing and (here["DATA.VAL_SHARE"] or there.get("DATA.VAL_SHARE")):
+        lines.append(f"warning: {path} may have been trained on some of these images: {differing}")
+    return lines
+
+
+def _differing(keys: Iterable[str], here: dict[str, Any], there: dict[str, Any]) -> str:
+    differing = [key for key in keys if there.get(key, here[key]) != here[key]]
+    return ", ".join(f"{key} {here[key]} (there {there[key]})" for key in differing)

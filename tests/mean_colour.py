@@ -6,8 +6,8 @@ import torch
 
 from data import Sample, build_eval_loader, build_train_loader
 from data.augmentation import DeviceStage, build_eval_transform
-from data.build import open_images
 from data.decoding import build_decoding, decode
+from data.splits import open_images
 from engine.evaluate import run_evaluation
 from engine.train import train
 from main import parse

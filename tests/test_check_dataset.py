@@ -172,6 +172,31 @@ def test_a_leak_alone_is_not_sound(check, tmp_path):
     assert (done.status, len(done.report["leaks"])) == (1, 1)
 
 
+def test_photographs_that_look_alike(check, tmp_path):
+    """One of train is in val too, smaller and as a JPEG; the others have nothing to do with each other."""
+    clouds = np.random.default_rng(0).integers(0, 255, (12, 9, 12, 3)).astype(np.uint8)
+    photographs = [Image.fromarray(cloud).resize((400, 300), Image.Resampling.BICUBIC) for cloud in clouds]
+    photographs += [Image.new("RGB", (400, 300), colour) for colour in (RED, GREEN)]  # too dull to tell
+    for i, photograph in enumerate(photographs):
+        save(photograph, tmp_path / "data" / ("train" if i % 2 else "val") / "a" / f"{i}.png")
+    small = photographs[3].resize((240, 180))
+    small.save(tmp_path / "data" / "val" / "a" / "again.jpg", quality=60)
+    done = check(tmp_path / "data")
+    assert done.status == 0, done.stderr
+    (pair,) = done.report["alike"]
+    assert [stem(pair["train"]), stem(pair["val"])] == ["3", "again"]
+    assert "alike in val and in train (1), perhaps the same photograph" in done.stdout
+
+
+def test_a_flat_folder_is_checked_as_it_will_be_divided(check, tmp_path):
+    for i in range(40):
+        save(picture(i), tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    done = check(tmp_path / "data", "--opts", "DATA.VAL_SHARE", "0.3")
+    counts = {name: split["images"] for name, split in done.report["splits"].items()}
+    assert sum(counts.values()) == 40
+    assert 4 < counts["val"] < 20
+
+
 def test_a_sound_data_set_and_its_contact_sheet(check, tmp_path):
     """Flat colours and no augmentation: what the sheet shows is what the files hold, once normalising is undone."""
     of_images = [("red", RED)] * 3 + [("green", GREEN)] * 2 + [("blue", BLUE)]

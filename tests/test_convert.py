@@ -11,8 +11,9 @@ from PIL import Image
 
 from config import build_config
 from data.build import open_objects
-from data.convert import as_coco, in_val, read_source
+from data.convert import as_coco, read_source
 from data.decoding import ORIENTATION
+from data.parts import falls_to_val
 from utils.errors import UserError
 
 XML = (
@@ -82,6 +83,10 @@ def test_voc(tmp_path):
     again = convert(tmp_path)
     assert again.returncode == 2
     assert "train.json is there already; remove it" in again.stderr
+
+
+def in_val(name: str, share: float) -> bool:
+    return falls_to_val(share, Path(name).stem.encode())
 
 
 def test_images_beside_xml_are_shared_out_by_their_names(tmp_path):

@@ -82,6 +82,9 @@ def place(tmp_path_factory) -> Path:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(root / "imagenet")
     shutil.copytree(root / "imagenet" / "val" / "0", root / "my_photos")
+    shutil.copytree(root / "imagenet" / "train", root / "flat")
+    images = sorted((root / "imagenet").glob("*/*/*.png"))
+    (root / "labels.csv").write_text("\n".join(f"{image},{image.parent.name}" for image in images))
     shutil.copy(next((root / "my_photos").iterdir()), root / "photo.jpg")
     shutil.copy(next((root / "my_photos").iterdir()), root / "image.png")
     write_pairs(root / "my_data")
@@ -124,6 +127,7 @@ def in_place(words: list[str], place: Path) -> list[str]:
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
     absolute |= {"s3://bucket/imagenet": "bucket"}  # test_remote.py has a real one
+    absolute |= {"my_images": "flat"} if "DATA.VAL_SHARE" in words else {}
     words = [str(place / absolute[word]) if word in absolute else word for word in words]
     words = [STAND_INS.get(word, word) for word in words]
     return [SHORTER.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)]

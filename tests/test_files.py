@@ -19,7 +19,6 @@ from conftest import TINY_RUN
 from PIL import Image
 
 from config import build_config
-from data.build import open_images
 from data.files import (
     IMAGE_TYPES,
     NO_EXTENT,
@@ -31,6 +30,7 @@ from data.files import (
     is_image,
     type_of,
 )
+from data.splits import open_images
 from predict import find_images as find_for_prediction
 from utils.errors import UserError
 

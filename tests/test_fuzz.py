@@ -15,10 +15,10 @@ from PIL import Image
 
 from config import build_config
 from data.augmentation import Plan
-from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset, Item
 from data.folder import FolderLayout
 from data.index import open_index
+from data.splits import open_images
 from utils.errors import UserError
 
 SECONDS = 20

@@ -21,9 +21,9 @@ from test_layouts import config_of
 
 import data.index
 from data import fingerprint
-from data.build import open_images
 from data.index import open_index
 from data.layouts import find_layout
+from data.splits import open_images
 from utils.errors import UserError
 
 

@@ -16,9 +16,9 @@ from make_layouts import LAYOUTS, add, as_official, as_tar, as_zip, images_of, w
 from config import build_config
 from data.archive import class_and_name
 from data.augmentation import build_train_transform
-from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset
 from data.imagenet import read_devkit
+from data.splits import open_images
 from tasks.classification import Classification
 from utils.errors import UserError
 

@@ -18,8 +18,8 @@ from torchvision.transforms.v2.functional import five_crop
 
 from config import build_config
 from data.augmentation import DeviceStage, Plan, build_eval_transform
-from data.build import open_images
 from data.decoding import decode
+from data.splits import open_images
 from main import main
 from tasks.report import Report
 

@@ -161,7 +161,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     config = build_config("~/my.yaml")
     assert (7, f"{tmp_path}/out") == (config.SEED, config.OUTPUT)
     for key in (key for key, setting in SETTINGS.items() if setting.path):
-        value = build_config(opts=[key, "~/x"])
+        value = build_config(opts=["DATA.LABELS", "with the other", key, "~/x"])
         for part in key.split("."):
             value = value[part]
         assert value == f"{tmp_path}/x"
@@ -202,7 +202,7 @@ def test_a_user_whom_nobody_knows(odd, trained, tmp_path_factory):
 import getpass, sys, tempfile
 from pathlib import Path
 import predict
-from data.build import open_images
+from data.splits import open_images
 from config import build_config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 status = predict.main(sys.argv[2:])

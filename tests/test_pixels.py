@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 
 from config import build_config
 from data import decoding
-from data.build import open_images
 from data.dataset import DecodeAndTransform, ImageDataset
 from data.decoding import Decoding, decode, decode_with_orientation, pil_to_tensor, read_file, to_rgb
 from data.folder import FolderLayout
 from data.index import open_index
 from data.loading import describe_turned
+from data.splits import open_images
 from scripts import check_dataset, prepare_imagenet
 from tasks.classification import Classification
 from utils.errors import UserError

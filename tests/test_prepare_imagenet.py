@@ -22,7 +22,7 @@ from make_layouts import LAYOUTS, add, images_of
 from PIL import Image
 
 from config import build_config
-from data.build import open_images
+from data.splits import open_images
 
 
 def command(*arguments) -> list[str]:

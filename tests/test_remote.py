@@ -18,10 +18,10 @@ from PIL import Image
 
 from config import build_config
 from data import remote
-from data.build import open_images
 from data.remote import Store, persistently
 from data.shard_cache import KEPT, MARKS, ShardCache
 from data.shards import begin_in_store
+from data.splits import open_images
 from tasks.classification import Classification
 from utils.errors import UserError
 

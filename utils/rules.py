@@ -35,6 +35,7 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse(key, "must be a smallest value above 0 and a largest")
     if config.AUG.CUTMIX_MINMAX and not 0 < config.AUG.CUTMIX_MINMAX[0] < config.AUG.CUTMIX_MINMAX[1] <= 1:
         refuse("AUG.CUTMIX_MINMAX", "must be a smallest share above 0 and a larger one of at most 1, or []")
+    check_data(config.DATA, refuse)
     if config.TRAIN.COMPILE == "reduce-overhead":
         if config.TRAIN.ACCUMULATION_STEPS > 1:
             refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.ACCUMULATION_STEPS 1")
@@ -66,6 +67,23 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse(key, "must name a folder below OUTPUT")
     if not Path(config.OUTPUT).parts:
         refuse("OUTPUT", "must name a folder")
+
+
+def check_data(data: Any, refuse: Refuse) -> None:
+    """Check what says which images there are and what their classes are."""
+    if not data.LABELS:
+        for key in ("VAL_LABELS", "LABEL_COLUMNS"):
+            if data[key]:
+                refuse(f"DATA.{key}", "goes with DATA.LABELS, which is not set")
+    for key, what in {"LABELS": data.LABELS, "VAL_SHARE": data.VAL_SHARE, "MORE_PATHS": data.MORE_PATHS}.items():
+        if what and "/" in data.FORMAT:
+            refuse(f"DATA.{key}", f"is for folders and archives; DATA.FORMAT {data.FORMAT} has its own ways")
+    if data.LABELS and data.MORE_PATHS:
+        refuse("DATA.MORE_PATHS", "does not go with DATA.LABELS; put the folders below one, which may be links")
+    if data.LABELS and data.FORMAT not in ("auto", "folder"):
+        refuse("DATA.LABELS", f"is for files in folders, and DATA.FORMAT is {data.FORMAT}; leave one of them out")
+    if data.VAL_LABELS and data.VAL_SHARE:
+        refuse("DATA.VAL_SHARE", "does not go with DATA.VAL_LABELS, which names the images to evaluate on")
 
 
 def check_task(config: Any, refuse: Refuse, origin: dict[str, str]) -> None:
