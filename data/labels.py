@@ -127,7 +127,7 @@ class Files:
         Raises:
             UserError: there is none, or there are several.
         """
-        wanted = os.path.relpath(row.file, self.root) if os.path.isabs(row.file) else str(PurePosixPath(row.file))
+        wanted = below(row.file, self.root) if os.path.isabs(row.file) else str(PurePosixPath(row.file))
         candidates = self._by_name.get(PurePosixPath(wanted).name, [])
         ends = [path for path in candidates if wanted in (path, without_type(path))]
         ends = ends or [path for path in candidates if f"/{path}".endswith(f"/{wanted}")]
@@ -141,6 +141,14 @@ class Files:
                 f"{table}, line {row.line}: there is no image {row.file} below {self.root}; mend or remove the line"
             )
         return ends[0]
+
+
+def below(path: str, root: Path) -> str:
+    """Give an absolute path from ``root`` on, also where either goes through links."""
+    plain = os.path.relpath(path, root)
+    folder, name = os.path.split(path)
+    real = os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(root))
+    return real if plain.startswith("..") else plain
 
 
 def without_type(path: str) -> str:
