@@ -129,8 +129,8 @@ class Model(Section):
     NUM_CLASSES: int = setting(0, "Number of classes; 0 takes that of the data", at_least=0, on_resume=FREE)
     RESUME: str = setting("", "Checkpoint to carry on from, or to evaluate", path=True, on_resume=OMITTED)
     PRETRAINED: str = setting(
-        "", "Checkpoint whose weights to start from; the head is new when the number of classes differs",
-        path=True, on_resume=OMITTED)
+        "", "Weights to start from: a file, a folder, timm/NAME, hf-hub:OWNER/NAME, a URL, or default for what timm "
+        "has for NAME; the head is new when the number of classes differs", path=True, on_resume=OMITTED)
     WEIGHTS: str = setting(
         "auto", "Which weights of PRETRAINED: auto is the moving average where there is one, with --eval both",
         choices=("auto", "model", "ema"), on_resume=FREE)
@@ -326,6 +326,7 @@ class Config(Section):
 
     Attributes:
         notes: what :func:`build_config` has left out and why, a line each.
+        given: the settings that a file or the command line has set, whatever to.
     """
 
     TASK: str = setting(CLASSES, "What is learned", choices=(CLASSES, PIXELS, OBJECTS), on_resume=KEPT)
@@ -347,6 +348,7 @@ class Config(Section):
     PRINT_FREQ: int = setting(10, "Steps between two lines of the log", at_least=1, on_resume=FREE)
 
     notes: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()
 # fmt: on
 
 
@@ -359,8 +361,12 @@ def default_config() -> Config:
     return Config()
 
 
-def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Given] = ()) -> Config:
+def build_config(
+    cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[Given] = (), followed: Iterable[Given] = ()
+) -> Config:
     """The frozen config that a file, ``--opts`` (KEY VALUE ...) and flags make together.
+
+    What none of them sets is as in ``followed``, else the default.
 
     ``notes`` of it say what was set for another model than the one that it names in the end, and so is left out.
 
@@ -370,7 +376,9 @@ def build_config(cfg_file: str = "", opts: Iterable[str] = (), flags: Iterable[G
     config = Config()
     origin: dict[str, str] = {}
     from_file = settings.read_yaml(Config, Path(expanded(cfg_file))) if cfg_file else ()
-    for key, value, source in (*from_file, *settings.pairs(Config, list(opts)), *flags):
+    asked = [*from_file, *settings.pairs(Config, list(opts)), *flags]
+    vars(config)["given"] = frozenset(key for key, *_ in asked)
+    for key, value, source in (*followed, *asked):
         settings.assign(config, key, value, source)
         origin.pop(key, None)  # its order is that in which the values were given
         origin[key] = source

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from utils.errors import UserError, did_you_mean
 from utils.launchers import is_torchrun, understand_launcher
 from utils.names import printable
 from utils.processes import CTRL_C_STATUS, PEER_LOST_STATUS, end_with_parent
-from utils.settings import listing
+from utils.settings import Given, listing
 from utils.surroundings import settle
 
 APEX_AMP = "--amp-opt-level {}: apex.amp has been removed from NVIDIA apex; use the native mixed precision instead: {}"
@@ -32,7 +33,10 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--batch-size": ("DATA.BATCH_SIZE", dict(metavar="N", type=int, help="images of a process in a micro-batch")),
     "--resume": ("MODEL.RESUME", dict(metavar="FILE", help="checkpoint to carry on from, or to evaluate")),
     "--force-resume": ("TRAIN.FORCE_RESUME", dict(action="store_true", help="carry on with other data or settings")),
-    "--pretrained": ("MODEL.PRETRAINED", dict(metavar="FILE", help="checkpoint whose weights to start from")),
+    "--pretrained": (
+        "MODEL.PRETRAINED",
+        dict(metavar="WEIGHTS", help="where to start from: a file, a folder, timm/NAME, a URL ..."),
+    ),
     "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", dict(metavar="N", type=int, help="micro-batches of a step")),
     "--use-checkpoint": ("TRAIN.USE_CHECKPOINT", dict(action="store_true", help="recompute to save memory")),
     "--disable_amp": ("AMP", dict(action="store_const", const="none", help="compute in single precision")),
@@ -81,8 +85,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse(arguments: list[str]) -> tuple[Config, str]:
-    """The config and the mode (``train``, ``evaluate`` or ``throughput``) that the command line asks for."""
+def parse(arguments: list[str], followed: Sequence[Given] = ()) -> tuple[Config, str]:
+    """The config and the mode (``train``, ``evaluate`` or ``throughput``) that the command line asks for.
+
+    What it leaves open is as in ``followed``.
+    """
     p = parser()
     known, unknown = p.parse_known_args(arguments)
     if unknown:
@@ -99,7 +106,8 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         if native is None:
             raise UserError(f"--amp-opt-level {level} is not one of O0, O1, O2")
         raise UserError(APEX_AMP.format(level, native))
-    return build_config(cfg_file, opts, [(FLAGS[name][0], value, name) for name, value in given.items()]), mode
+    flags = [(FLAGS[name][0], value, name) for name, value in given.items()]
+    return build_config(cfg_file, opts, flags, followed), mode
 
 
 def run(arguments: list[str]) -> int:
@@ -114,8 +122,11 @@ def run(arguments: list[str]) -> int:
         raise distributed.AgreedError(str(error)) from error  # every rank reads the same command line
     from utils import distributed
 
+    def rebuild(followed: list[Given]) -> Config:
+        return parse(arguments, followed)[0]
+
     if mode == "train":
-        train_until_stopped(config)
+        train_until_stopped(config, rebuild)
     else:
         from utils.bulletin import Bulletin
 
@@ -123,13 +134,22 @@ def run(arguments: list[str]) -> int:
         engine = importlib.import_module(f"engine.{mode}")
         device = distributed.start(config.TRAIN.HANG_MINUTES)
         with Bulletin():
-            (engine.run_evaluation if mode == "evaluate" else engine.run_throughput)(config, device)
+            if mode == "evaluate":
+                from engine.following import follow_weights
+
+                engine.run_evaluation(follow_weights(config, rebuild), device)
+            else:
+                engine.run_throughput(config, device)
     distributed.stop()
     return 0
 
 
-def train_until_stopped(config: Config) -> None:
-    """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at."""
+def train_until_stopped(config: Config, rebuild: Callable[[list[Given]], Config]) -> None:
+    """Train; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and end it, whatever it is at.
+
+    Args:
+        rebuild: see :func:`engine.following.follow_weights`.
+    """
     from engine.stopping import StopRequest
     from utils import distributed
 
@@ -138,9 +158,11 @@ def train_until_stopped(config: Config) -> None:
         if is_torchrun():
             end_with_parent(signal.SIGTERM)  # a launcher that was killed leaves no rank behind that trains on unseen
         try:
+            from engine.following import follow_weights
             from engine.train import train
 
-            train(config, distributed.start(config.TRAIN.HANG_MINUTES), stop)
+            device = distributed.start(config.TRAIN.HANG_MINUTES)
+            train(follow_weights(config, rebuild) if config.MODEL.PRETRAINED else config, device, stop)
         except Exception as error:
             if distributed.world_size() > 1 and not stop.rescue and not isinstance(error, distributed.AgreedError):
                 stop.outlast(error)  # training itself has done so already

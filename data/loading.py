@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import signal
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ PREFETCH_FACTOR = 2
 """Batches that each loader process works ahead."""
 BATCHES_IN_USE = 2
 """One that is used, and one that is copied to the device meanwhile."""
+
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # DATA.NUM_WORKERS is the user's choice
 
 
 class Batch(NamedTuple):

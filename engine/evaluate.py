@@ -74,7 +74,7 @@ def run_evaluation(config: Config, device: torch.device, choose_task: Callable[.
             example = output_dir(config) / "checkpoints" / "best.pth"
             raise UserError(f"--eval evaluates a checkpoint: give --resume FILE, for example {example}")
         task = choose_task(config, device)
-    content = read_on_main(path)
+    path, content = read_on_main(path, config.MODEL.NAME)
     with agreement():
         candidates = checkpoint.weights_in(content, path)
         if config.MODEL.WEIGHTS != "auto":
@@ -89,7 +89,7 @@ def run_evaluation(config: Config, device: torch.device, choose_task: Callable[.
         loader.on_bad_image = log.bad_image
     compile_in_place(config, model)
     with log, naming_dead_workers():
-        for line in filter(None, [describe_left_out({"val": loader.dataset.index}), *lines]):
+        for line in filter(None, [describe_left_out({"val": loader.dataset.index}), *config.notes, *lines]):
             log.message(line)
         turned = ""
         for weights, state_dict in candidates.items():

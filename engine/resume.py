@@ -8,6 +8,7 @@ from data.loading import TrainLoader
 from engine.checkpoints import Checkpoints
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
 from lr_scheduler import Schedule, total_steps
+from models.pretrained import locate
 from tasks import Task
 from utils import checkpoint
 from utils.distributed import agreement, from_main, is_main
@@ -32,27 +33,32 @@ def start_or_resume(
             lines.append(f"MODEL.{key} {config.MODEL[key]} is not used, for this run has begun; else choose a --tag")
     carried_on = path or config.MODEL.RESUME
     if carried_on:
-        content = read_on_main(carried_on)
+        source, content = read_on_main(str(carried_on), config.MODEL.NAME)
         with agreement():
-            lines += resume(config, task, state, content, Path(carried_on), loader, schedule)
+            lines += resume(config, task, state, content, Path(source), loader, schedule)
         return lines + look_after_files(config, state, checkpoints, loader)
     if config.MODEL.PRETRAINED:
-        content = read_on_main(config.MODEL.PRETRAINED)
+        source, content = read_on_main(config.MODEL.PRETRAINED, config.MODEL.NAME)
         with agreement():
-            lines += task.start_from(state.model, content, config.MODEL.PRETRAINED)
+            lines += task.start_from(state.model, content, source)
             if state.ema:
                 state.ema.set(state.model)
         return lines
     return [*lines, "starting from random weights"]
 
 
-def read_on_main(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, which rank 0 alone reads and hands to the others. A collective."""
-    content = None
+def read_on_main(source: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The path and the content of a checkpoint, which rank 0 alone reads and hands to the others. A collective.
+
+    Args:
+        source, name: see :func:`models.pretrained.locate`.
+    """
+    found = None
     with agreement():
         if is_main():
-            content = checkpoint.read(path)
-    return from_main(content)
+            path = locate(source, name)
+            found = path, checkpoint.read(path)
+    return from_main(found)
 
 
 def look_after_files(config: Config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader) -> list[str]:

@@ -15,16 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.export import FORMATS, GRAPHS, SUFFIXES, export
 from models.crossformer.embedding import MIN_IMAGE_SIZE
+from models.pretrained import locate
 from tasks.trained import load_trained
 from utils.command import Parser, run_command
 from utils.errors import UserError
 from utils.image_size import height_and_width
-from utils.surroundings import a_path
+from utils.surroundings import a_path, expanded
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="scripts/export.py", description=__doc__.partition(":")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", metavar="FILE", type=a_path, required=True, help="the trained model")
+    parser.add_argument("--checkpoint", metavar="FILE", type=expanded, required=True, help="the trained model")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what to write")
     parser.add_argument("--to", metavar="PATH", type=a_path, help="a file, or for hf a folder; beside the checkpoint")
     parser.add_argument("--image-size", metavar="N", type=int, nargs="+", help="or height and width; that of the run")
@@ -44,11 +45,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def load_and_export(arguments: list[str]) -> None:
     given = parse(arguments)
-    file = given.checkpoint
+    file = Path(locate(given.checkpoint, given.model))
     trained = load_trained(str(file), torch.device("cpu"), given.model, weights=given.weights)
     print(*trained.notes, sep="\n", end="\n" * bool(trained.notes))
     size = (given.image_size * 2)[:2] if given.image_size else height_and_width(trained.config.DATA.IMG_SIZE)
-    target = given.to or file.with_name((file.name if file.is_dir() else file.stem) + SUFFIXES[given.format])
+    beside = file if file == Path(given.checkpoint) else Path(Path(given.checkpoint).name)  # not beside what is cached
+    target = given.to or beside.with_name((beside.name if file.is_dir() else beside.stem) + SUFFIXES[given.format])
     export(trained, str(file), given.format, size, given.dynamic_batch or given.format not in GRAPHS, target)
     print(f"in {target}")
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from config import OBJECTS, PIXELS, Config, build_config, default_config, flatten, settings_in
 from models import build_detector, build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
+from models.pretrained import locate
 from models.weights import check_size, classes_in, detector_in, segmenter_classes, variant_of
 from tasks.class_names import in_words, named_classes
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 from utils.fields import describe, dict_in, facts_of, fail
-from utils.rules import CROSSFORMERS
+from utils.rules import CLASSES, CROSSFORMERS
+from utils.settings import Given
 
 SAID_BESIDES = {"upright": "DATA.UPRIGHT", "white": "DATA.WHITE", "views": "TEST.VIEWS"}
 """What an export says of its preparation that timm has no words for, and the setting."""
@@ -34,6 +36,11 @@ PREPARATION = (
 """The settings that decide what a model sees of an image."""
 SET_APART = "DATA.VAL_SHARE", "SEED"
 """The settings that decide which images it has not been trained on, where the data does not."""
+
+
+ARCHITECTURE_SETTINGS = *(f"MODEL.CROSSFORMER.{key}" for key in ARCHITECTURE), "MODEL.KWARGS"
+OF_ALL_TASKS = "DATA.MEAN", "DATA.STD"
+"""What of the preparation holds for every task."""
 
 
 class TrainedModel(NamedTuple):
@@ -60,7 +67,8 @@ def load_trained(
     """The model in a checkpoint: one of ours, a published one, plain weights, or a folder that timm has written.
 
     Args:
-        path: a ``.pth`` or ``.safetensors`` file, or a folder with ``config.json`` and ``model.safetensors``.
+        path: a ``.pth`` or ``.safetensors`` file, a folder with ``config.json`` and ``model.safetensors``, or a name or
+            URL as of :func:`models.pretrained.locate`.
         device: where the model goes.
         name: the timm name, for weights that do not say of which network they are.
         image_size: in place of the one that it was trained with; 0 keeps that.
@@ -69,6 +77,7 @@ def load_trained(
     Raises:
         UserError: the file cannot be read, or fits no model that is known.
     """
+    path = locate(path, name)
     content = checkpoint.read(path)
     which, state_dict = checkpoint.choose(checkpoint.weights_in(content, path), weights, path)
     known = facts_of(content, path)
@@ -104,9 +113,28 @@ def build(config: Config, state_dict: dict[str, Tensor], path: str) -> Any:
 
 
 def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, image_size: int) -> Config:
+    settings = settings_of(content, weights, path, name)
+    holds = dict(setting[:2] for setting in settings).get("MODEL.NAME", default_config().MODEL.NAME)
+    if name not in ("", holds):
+        raise UserError(f"--model {name}: {path} says that it holds {holds}; leave out --model")
+    settings += [("MODEL.DROP_PATH_RATE", 0.0, path), ("MODEL.DROP_RATE", 0.0, path), ("MODEL.NUM_CLASSES", 0, path)]
+    if image_size:
+        settings.append(("DATA.IMG_SIZE", image_size, "--image-size"))
+    return build_config(flags=settings)
+
+
+def settings_of(content: dict, weights: dict[str, Tensor], path: str, name: str) -> list[Given]:
+    """The settings that a checkpoint's content was trained with, as far as it says; its model and preparation at least.
+
+    Args:
+        name: the timm name, for weights that do not say of which network they are.
+
+    Raises:
+        UserError: it says nothing, or nonsense.
+    """
     saved = content.get("config")
     timms = content["timm"] if os.path.isdir(path) else {}
-    settings: list[tuple[str, Any, str]] = []
+    settings: list[Given] = []
     if isinstance(saved, str):  # ours; a published checkpoint's is a dict with settings of its own
         saved = settings_in(saved, path)
         _check_sizes(saved, path)
@@ -136,13 +164,7 @@ def _config_of(content: dict, weights: dict[str, Tensor], path: str, name: str, 
             head = "semantic_fpn" if any("neck." in key for key in weights) else "upernet"
             settings += [("TASK", PIXELS, path), ("MODEL.HEAD", head, path)]
             settings += GROUPS_AS_PUBLISHED if found in CROSSFORMERS else []
-    holds = dict(setting[:2] for setting in settings).get("MODEL.NAME", default_config().MODEL.NAME)
-    if name not in ("", holds):
-        raise UserError(f"--model {name}: {path} says that it holds {holds}; leave out --model")
-    settings += [("MODEL.DROP_PATH_RATE", 0.0, path), ("MODEL.DROP_RATE", 0.0, path), ("MODEL.NUM_CLASSES", 0, path)]
-    if image_size:
-        settings.append(("DATA.IMG_SIZE", image_size, "--image-size"))
-    return build_config(flags=settings)
+    return settings
 
 
 def _check_sizes(settings: dict[str, Any], path: str) -> None:
@@ -154,7 +176,7 @@ def _check_sizes(settings: dict[str, Any], path: str) -> None:
                     fail(path, key, f"whole numbers up to {limit:,}", one)
 
 
-def preparation_of(timms: dict[str, Any], path: str) -> list[tuple[str, Any, str]]:
+def preparation_of(timms: dict[str, Any], path: str) -> list[Given]:
     """timm's way to say how images are prepared, as settings, with what an export of ours says besides."""
     pretrained_cfg, defaults = dict_in(timms, "pretrained_cfg"), default_config()
     size = pretrained_cfg.get("input_size", (3, 224, 224))
@@ -196,3 +218,29 @@ def prepared_otherwise(content: dict, config: Config, path: str) -> list[str]:
 def _differing(keys: Iterable[str], here: dict[str, Any], there: dict[str, Any]) -> str:
     differing = [key for key in keys if there.get(key, here[key]) != here[key]]
     return ", ".join(f"{key} {here[key]} (there {there[key]})" for key in differing)
+
+
+def followed(config: Config, given: list[Given], path: str) -> list[Given]:
+    """Of the settings of weights those that a run from them takes over: architecture, and how images are prepared.
+
+    Args:
+        config: of the run, as it would be without them.
+        given: as of :func:`settings_of`.
+    """
+    there = {key: value for key, value, _ in given}
+    keys = [key for key in PREPARATION if key != "TEST.VIEWS"]
+    if config.TASK != CLASSES or there.get("TASK", CLASSES) != CLASSES:
+        keys = [*OF_ALL_TASKS]
+    if "MODEL.NAME" not in config.given or there.get("MODEL.NAME") == config.MODEL.NAME:
+        keys += ["MODEL.NAME", *ARCHITECTURE_SETTINGS]
+    return [(key, there[key], path) for key in keys if key in there]
+
+
+def describe_following(config: Config, path: str) -> str:
+    """Say in a line how images are prepared for an evaluation, and what of that was asked for."""
+    values = flatten(config)
+    keys = [key for key in PREPARATION if key != "TEST.VIEWS"] if config.TASK == CLASSES else OF_ALL_TASKS
+    own = [key for key in keys if key in config.given]
+    text = ", ".join(f"{key} {values[key]}" for key in keys if key not in own)
+    given = f"; as was asked for: {', '.join(f'{key} {values[key]}' for key in own)}" if own else ""
+    return f"as {path} says: {text}{given}" if text else ""

@@ -14,6 +14,7 @@ from conftest import ROOT, write_digits
 from make_coco import write_coco
 from make_pairs import write_pairs
 from test_convert import voc as write_voc
+from timm.models._hub import save_for_hf
 
 import main
 import predict
@@ -37,7 +38,7 @@ OF_DETECTION = re.compile(r"detection/|mask_rcnn|retinanet")
 
 STAND_INS = {
     "swin_tiny_patch4_window7_224": "resnet10t", "vit_giant_patch14_224": "resnet10t", "resnet18": "resnet10t",
-    "default": "none", "WORD": "resume",
+    "default": "none", "WORD": "resume", "timm/resnet50.a1_in1k": "from_the_hub",
 }  # fmt: skip
 """For a model and a mode of torch.compile that would take minutes, and for what the reader puts in."""
 SHORTER = {
@@ -97,6 +98,7 @@ def place(tmp_path_factory) -> Path:
     (root / "my.yaml").write_text("BASE: configs/base.yaml\nTRAIN:\n  EMA_DECAY: 0.9999\n")
     for name in ("crossformer-s.pth", "crossformer-b.pth"):
         torch.save({"model": timm.create_model("crossformer_micro", num_classes=10).state_dict()}, root / name)
+    save_for_hf(timm.create_model("resnet10t", num_classes=1000), root / "from_the_hub", safe_serialization=True)
     arguments = ["--cfg", "configs/micro.yaml", "--data-path", str(root / "imagenet"), "--opts", *LESS]
     for folder in (("quickstart", "digits"), ("output", "default")):
         output, tag = folder
