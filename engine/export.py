@@ -82,8 +82,17 @@ class Source(NamedTuple):
         return size | crop | dict(mean=data.MEAN, std=data.STD)
 
     def besides(self) -> dict[str, Any]:
-        """What belongs to the preparation too, but timm has no words for."""
-        return {name: get(self.trained.config, key) for name, key in SAID_BESIDES.items()}
+        """What belongs to the preparation too, but timm has no words for.
+
+        ``scale`` is what grey levels from 0 to 255 are multiplied by before mean and deviation are for them; ``resize``
+        the height and width that an image is to cover before the crop, or to have where there is none.
+        """
+        said = {name: get(self.trained.config, key) for name, key in SAID_BESIDES.items()}
+        said |= {"channels": "RGB", "scale": 1 / 255}
+        if not self.segments and not self.detects:
+            preparation = self.preparation()
+            said["resize"] = [round(side / preparation["crop_pct"]) for side in preparation["input_size"][1:]]
+        return said
 
     def settings(self) -> str:
         """Those of the run but for its paths, as a checkpoint has them: anchors, say, are in no weight."""
@@ -95,6 +104,7 @@ class Source(NamedTuple):
         model, classes = self.trained.config.MODEL, self.trained.classes
         arguments = {name: model.CROSSFORMER[key] for key, name in ARCHITECTURE.items() if model.CROSSFORMER[key]}
         described = dict(architecture=model.NAME, model_args=arguments, classes=classes)
+        described["class_ids"] = self.trained.class_ids
         described |= {"head": model.HEAD} if self.segments or self.detects else {}
         described |= self.preparation() | self.besides() | {SETTINGS_KEY: self.settings()}
         return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
@@ -143,7 +153,7 @@ def safetensors(source: Source, path: Path) -> Callable:
 def hf(source: Source, path: Path) -> Callable:
     if source.segments or source.detects:
         raise UserError("--format hf is for classifiers, as timm is; use onnx, torch_export or safetensors")
-    said = {"label_names": source.trained.classes, **source.besides()}
+    said = {"label_names": source.trained.classes, "class_ids": source.trained.class_ids, **source.besides()}
     save_for_hf(source.trained.model, str(path), said, safe_serialization=True, data_config=source.preparation())
     (path / "README.md").write_text(model_card(source), encoding="utf-8")
     return timm.create_model(f"local-dir:{path}", pretrained=True).eval()

@@ -13,7 +13,7 @@ from models import build_detector, build_model, build_segmenter, load_weights
 from models.build import ARCHITECTURE, NOT_FOR_KWARGS
 from models.pretrained import locate
 from models.weights import check_size, classes_in, detector_in, segmenter_classes, variant_of
-from tasks.class_names import in_words, named_classes
+from tasks.class_names import IMAGENET, as_ids, in_words, named_classes
 from utils import checkpoint
 from utils.errors import UserError, did_you_mean
 from utils.fields import describe, dict_in, facts_of, fail
@@ -49,7 +49,8 @@ class TrainedModel(NamedTuple):
     Attributes:
         model: in evaluation mode.
         config: the settings that it was trained with as far as the file says, else the defaults.
-        classes: their names as the model counts them.
+        classes: their names in words, as the model counts them.
+        class_ids: their names in the data, which are WordNet ids in ImageNet's.
         facts: ``step``, ``epoch``, ``top1``, ``top5``, ``weights`` ... as far as the file says.
         notes: in words, what was done to the file's keys and which of them are not used.
     """
@@ -57,6 +58,7 @@ class TrainedModel(NamedTuple):
     model: nn.Module
     config: Config
     classes: list[str]
+    class_ids: list[str]
     facts: dict[str, Any]
     notes: list[str]
 
@@ -89,8 +91,10 @@ def load_trained(
     facts: dict[str, Any] = {key: known[key] for key in told if key in known}
     facts["weights"] = which
     model.to(device).to(memory_format=torch.channels_last).eval()
-    classes = in_words(named_classes(content, num_classes, path), num_classes)
-    return TrainedModel(model, config, classes, facts, [f"{path}: {line}" for line in loaded.notes])
+    names = named_classes(content, num_classes, path)
+    classes = in_words(names, num_classes)
+    ids = (names and as_ids(names)) or names or (IMAGENET if num_classes == len(IMAGENET) else classes)
+    return TrainedModel(model, config, classes, ids, facts, [f"{path}: {line}" for line in loaded.notes])
 
 
 def build(config: Config, state_dict: dict[str, Tensor], path: str) -> Any:

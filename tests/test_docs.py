@@ -98,7 +98,9 @@ def place(tmp_path_factory) -> Path:
     (root / "my.yaml").write_text("BASE: configs/base.yaml\nTRAIN:\n  EMA_DECAY: 0.9999\n")
     for name in ("crossformer-s.pth", "crossformer-b.pth"):
         torch.save({"model": timm.create_model("crossformer_micro", num_classes=10).state_dict()}, root / name)
-    save_for_hf(timm.create_model("resnet10t", num_classes=1000), root / "from_the_hub", safe_serialization=True)
+    save_for_hf(
+        timm.create_model("crossformer_micro", num_classes=1000), root / "from_the_hub", safe_serialization=True
+    )
     arguments = ["--cfg", "configs/micro.yaml", "--data-path", str(root / "imagenet"), "--opts", *LESS]
     for folder in (("quickstart", "digits"), ("output", "default")):
         output, tag = folder
@@ -202,6 +204,7 @@ def test_python_of_the_documents(place, monkeypatch):
         run(command, place)
     checkpoints = place / "quickstart" / "crossformer_micro" / "digits" / "checkpoints"
     assert {"best.pt2", "best.onnx", "best.safetensors", "best-hf"} <= {path.name for path in checkpoints.iterdir()}
+    shutil.copy(place / "image.png", checkpoints)
     monkeypatch.chdir(checkpoints)
     pieces = [piece for page in PAGES for piece in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)]
     assert len(pieces) >= 5

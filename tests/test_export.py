@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import engine.export
+import predict
 from config import build_config
 from models import build_model
 from models.crossformer import VARIANTS
@@ -127,6 +128,61 @@ def test_a_folder_for_timm_and_the_hub(tmp_path):
     snippet, paths = card.partition("```python\n")[2].partition("```")[0], {"PYTHONPATH": str(ROOT / "models")}
     done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, env=os.environ | paths, stdout=subprocess.PIPE)
     assert done.stdout.decode().strip() in trained.classes
+
+
+def lines_of(page: str, word: str) -> str:
+    """The Python lines of a page that have a word in them."""
+    return next(piece for piece in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if word in piece)
+
+
+OF_ALL = """
+files = sorted(__import__("glob").glob("*.png"))
+batch = np.stack([prepare(file) for file in files])
+answers = [session.run(["logits"], {"images": batch})[0]]
+"""
+BOTH = """
+answers.append(model(torch.from_numpy(batch)).detach().numpy())
+print(json.dumps([said["classes"], said["class_ids"], files, [x.tolist() for x in answers]]))
+"""
+
+
+@pytest.mark.parametrize(
+    "preparation",
+    [
+        pytest.param({"TEST.CROP": False}, marks=pytest.mark.slow),
+        {"TEST.CROP": True, "TEST.CROP_PCT": 0.8, "DATA.IMG_SIZE": [32, 48], "DATA.INTERPOLATION": "bilinear"},
+    ],
+)
+def test_the_file_alone_is_enough(tmp_path, preparation):
+    """Images of all shapes, prepared by the lines in docs/export.md, get the answers of an evaluation."""
+    checkpoint = save_checkpoint(
+        tmp_path / "best.pth", 3, **{"DATA.IMG_SIZE": 32, "DATA.STD": [0.3] * 3, **preparation}
+    )
+    generator = np.random.default_rng(0)
+    for i, size in enumerate(((40, 30), (31, 77), (20, 20), (64, 33), (128, 96), (33, 64))):
+        clouds = Image.fromarray(generator.integers(0, 255, (6, 5, 3)).astype(np.uint8))
+        clouds = clouds.resize(size, Image.Resampling.BICUBIC)
+        clouds.save(tmp_path / f"{i}.png")
+    clouds.convert("LA").save(tmp_path / "image.png")
+    files, found = sorted(map(str, tmp_path.glob("*.png"))), tmp_path / "found.json"
+    assert predict.main(["--checkpoint", checkpoint, *files, "--format", "json", "--to", str(found)]) == 0
+    expected = json.loads(found.read_text())
+    for form in ("onnx", "torch_export"):
+        assert export.main(["--checkpoint", checkpoint, "--format", form, "--dynamic-batch"]) == 0
+    page = (ROOT / "docs" / "export.md").read_text()
+    with_onnx, with_torch = (lines_of(page, word) for word in ("def prepare", "best.pt2"))
+    code = f"{with_onnx}{OF_ALL}{with_torch}{BOTH}"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    classes, ids, names, answers = json.loads(last)
+    assert classes == ids == [f"Möwe {i}" for i in range(3)]
+    assert names == [os.path.basename(record["file"]) for record in expected]
+    for probabilities in torch.tensor(answers).softmax(2).tolist():
+        for record, of_image in zip(expected, probabilities, strict=True):
+            for answer in record["predictions"]:
+                assert abs(of_image[answer["class_index"]] - answer["probability"]) < 0.02
+    assert first == next(r["predictions"][0]["class"] for r in expected if r["file"].endswith("image.png"))
 
 
 MISTAKES = {
