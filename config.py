@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import rules, settings
+from utils.config_file import read_yaml
 from utils.rules import CLASSES, OBJECTS, PIXELS
 from utils.settings import CfgNode, Given, Resume, Section, flatten, setting
 from utils.surroundings import expanded
@@ -375,9 +376,10 @@ def build_config(
     """
     config = Config()
     origin: dict[str, str] = {}
-    from_file = settings.read_yaml(Config, Path(expanded(cfg_file))) if cfg_file else ()
+    notes: list[str] = []
+    from_file = read_yaml(Config, Path(expanded(cfg_file)), notes) if cfg_file else ()
     asked = [*from_file, *settings.pairs(Config, list(opts)), *flags]
-    vars(config)["given"] = frozenset(key for key, *_ in asked)
+    vars(config)["given"], vars(config)["notes"] = frozenset(key for key, *_ in asked), tuple(notes)
     for key, value, source in (*followed, *asked):
         settings.assign(config, key, value, source)
         origin.pop(key, None)  # its order is that in which the values were given

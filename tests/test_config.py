@@ -16,8 +16,11 @@ from utils.settings import Resume, Section, differences, flatten, get, setting
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ROOMS = [folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name[0] != "." and folder.name != "tests"]
-SOURCE = "".join(f.read_text() for f in (*ROOT.glob("*.py"), *(f for room in ROOMS for f in room.rglob("*.py"))))
-PAGES = "".join(f.read_text() for f in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *CONFIGS))
+OF_OTHERS = ROOT / "utils" / "moving.py", ROOT / "docs" / "moving.md"
+"""Where the settings of other trainers are named."""
+MODULES = {*ROOT.glob("*.py"), *(f for room in ROOMS for f in room.rglob("*.py"))} - {*OF_OTHERS}
+SOURCE = "".join(f.read_text() for f in sorted(MODULES))
+PAGES = "".join(f.read_text() for f in (ROOT / "README.md", *{*(ROOT / "docs").glob("*.md")} - {*OF_OTHERS}, *CONFIGS))
 
 
 def write(path: Path, text: str) -> str:

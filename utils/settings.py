@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from math import isfinite
 from operator import ge, gt, le, lt
-from pathlib import Path
 from textwrap import TextWrapper
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar, cast, get_args, get_origin
@@ -302,49 +301,6 @@ def check_values(config: Section, origin: dict[str, str]) -> None:
     for key, one in config.settings().items():
         if problem := one.problem(get(config, key)):
             refuse(config, origin, key, problem)
-
-
-def read_yaml(root: type[Section], path: Path, being_read: tuple[Path, ...] = ()) -> Iterator[Given]:
-    """The settings of a YAML file, those of its ``BASE`` files first."""
-    path_shown, path = path, path.resolve()
-    if path in being_read:
-        raise UserError(f"{path_shown} is its own BASE: {' -> '.join(p.name for p in (*being_read, path))}")
-    try:
-        document = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a text file"
-        raise UserError(f"config file {path_shown} cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path_shown}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
-    given = list(_settings_of(root, document, path_shown)) if document else []
-    for key, value, source in given:
-        if key == "BASE":
-            bases = [value] if isinstance(value, str) else value
-            if not _fits(bases, list[str]):
-                raise UserError(f"BASE ({source}) must be a file name or a list of them")
-            for base in filter(None, bases):
-                yield from read_yaml(root, path_shown.parent / expanded(base), (*being_read, path))
-    yield from (one for one in given if one[0] != "BASE")
-
-
-def _settings_of(root: type[Section], node: yaml.Node, path: Path, prefix: str = "") -> Iterator[Given]:
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}, line {node.start_mark.line + 1}: expected settings as 'KEY: value'")
-    seen: set[str] = set()
-    for key_node, value_node in node.value:
-        key, source = f"{prefix}{key_node.value}", f"{path}, line {key_node.start_mark.line + 1}"
-        if key in seen:
-            raise UserError(f"setting {key} stands twice ({source}); keep one")
-        seen.add(key)
-        if isinstance(root.find(key, source), Setting):
-            try:
-                yield key, yaml.SafeLoader("").construct_document(value_node), source
-            except yaml.YAMLError as error:
-                raise UserError(f"{key} ({source}): {getattr(error, 'problem', error)}") from error
-        else:
-            yield from _settings_of(root, value_node, path, f"{key}.")
 
 
 def file_of(source: str) -> str:
