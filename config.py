@@ -42,6 +42,9 @@ class Data(Section):
     VAL_SHARE: float = setting(
         0.0, "Share of each class that is set apart to evaluate on, where the data has no val, as a folder CLASS/*.jpg "
         "has none; which images, their names and SEED decide", at_least=0, below=1, task=CLASSES)
+    SAMPLER: str = setting(
+        "shuffle", "Order of training images: shuffle takes each once an epoch, balanced each class equally often",
+        choices=("shuffle", "balanced"), task=CLASSES)
     LABELS: str = setting(
         "", "CSV file with the class of each image below DATA_PATH, and perhaps its split (docs/data.md)", path=True,
         on_resume=FREE, task=CLASSES)
@@ -190,6 +193,9 @@ class Train(Section):
     NO_WEIGHT_DECAY: str = setting(
         "1d", "Parameters without weight decay: biases and others of one axis, those with norm in their name, or none",
         choices=("1d", "norm", "none"))
+    CLASS_WEIGHTS: str = setting(
+        "none", "Weights of the classes in the loss: balanced is in inverse proportion to their images, 1 on average",
+        choices=("none", "balanced"), task=CLASSES)
     SYNC_BN: bool = setting(False, "Let BatchNorm normalise over the batches of all processes")
     SHARD: str = setting(
         "none", "Divide weights, gradients and optimizer state among all processes (full) or those of a host (hybrid)",
@@ -241,6 +247,9 @@ class Train(Section):
         1, "Evaluate after every so many epochs, and after the last", at_least=1, on_resume=FREE)
     EVAL_EVERY_STEPS: int = setting(
         0, "Evaluate after every so many steps, and after the last, and not by epochs; 0 for EVAL_EVERY_EPOCHS",
+        at_least=0, on_resume=FREE)
+    PATIENCE: int = setting(
+        0, "End the run when so many evaluations in a row have brought nothing better (early stopping); 0 for never",
         at_least=0, on_resume=FREE)
     OPTIMIZER: Optimizer
     LR_SCHEDULER: LrScheduler
@@ -355,6 +364,10 @@ class Config(Section):
 
 SETTINGS = Config.settings()
 """Every setting as ``SECTION.KEY``."""
+
+
+WHERE_DATA_LIES = {key for key, one in SETTINGS.items() if one.path} | {"DATA.MORE_PATHS", "DATA.LABEL_COLUMNS"}
+"""Settings that say where things are on a machine, and nothing of what is learned."""
 
 
 def default_config() -> Config:

@@ -162,7 +162,7 @@ def train_until_stopped(config: Config, rebuild: Callable[[list[Given]], Config]
             from engine.train import train
 
             device = distributed.start(config.TRAIN.HANG_MINUTES)
-            train(follow_weights(config, rebuild) if config.MODEL.PRETRAINED else config, device, stop)
+            train(follow_weights(config, rebuild), device, stop)
         except Exception as error:
             if distributed.world_size() > 1 and not stop.rescue and not isinstance(error, distributed.AgreedError):
                 stop.outlast(error)  # training itself has done so already

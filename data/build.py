@@ -15,7 +15,7 @@ from data.index import ImageIndex, Index, open_index
 from data.loading import EvalLoader, TrainLoader
 from data.pair_layouts import EXPECTED, find_pair_layout
 from data.pairs import LabelMaps
-from data.sampling import EvalBatches, GroupedTrainBatches, TrainBatches
+from data.sampling import BalancedTrainBatches, EvalBatches, GroupedTrainBatches, TrainBatches
 from data.splits import root_of
 from utils.distributed import local_rank, once_a_host, rank, world_size
 from utils.errors import UserError
@@ -45,6 +45,8 @@ def build_train_loader(
     """
     work = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS, rank(), world_size(), config.SEED
     batches = TrainBatches(len(index), *work)
+    if config.DATA.SAMPLER == "balanced":
+        batches = BalancedTrainBatches(labels_of(index, "DATA.SAMPLER balanced"), *work)
     if batches.steps_per_epoch and groups is not None:
         batches = GroupedTrainBatches(groups, *work)
         check_groups(config, batches)
@@ -57,6 +59,18 @@ def build_train_loader(
         )
     dataset = ImageDataset(index, sample, config.SEED, replace_bad=config.DATA.ON_BAD_IMAGE == "skip")
     return TrainLoader(dataset, batches, config.DATA.NUM_WORKERS, size, stage)
+
+
+def labels_of(index: Index, wanted_by: str) -> np.ndarray:
+    """List the class of each image, ``(N,)``.
+
+    Raises:
+        UserError: only reading the images would tell.
+    """
+    labels = getattr(index, "labels", None)
+    if labels is None:
+        raise UserError(f"{wanted_by} is for folders and archives; a data set of timm's does not list its classes")
+    return labels
 
 
 def check_groups(config, batches: GroupedTrainBatches) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.inspection import FAULTS, KINDS
+from data.near_duplicates import MOST_PAIRS
 from utils.names import printable
 
 NAMES_SHOWN = 10
@@ -44,7 +45,8 @@ def print_report(report: dict, left_out: str, file: Path, sheet: Path | None) ->
     print_list(f"in val and in train too ({len(lines):,})", lines, file, "red")
     lines = [f"{pair['val']} ~ {pair['train']}" for pair in report["alike"]]
     alike = "the same photograph in another size or quality, or frames of one film: they make the accuracy look better"
-    print_list(f"alike in val and in train ({len(lines):,}), perhaps {alike}", lines, file, "yellow")
+    count = f"{'at least ' * (len(lines) >= MOST_PAIRS)}{len(lines):,}"
+    print_list(f"alike in val and in train ({count}), perhaps {alike}", lines, file, "yellow")
     say(f"\neverything in {file}" + (f", what training makes of the images in {sheet}" if sheet else ""))
     verdict = "the data set is sound" if report["sound"] else "the data set is NOT sound: mend what is listed in red"
     verdict += f"; {left_out}" * bool(left_out)

@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ SPLIT_COLUMNS = "split", "subset"
 """What the columns of a table are often called, in small letters; the first that is there counts."""
 SEPARATORS = ",", ";", "\t"
 UNSAID, TRAIN, VAL = 0, 1, 2
+NAMED = 3
 SPLIT_NUMBERS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL}
 """What the split of an image may be called, in a column or as a folder."""
 
@@ -67,7 +68,7 @@ class LabelledLayout(Layout):
         self.tables = {table: UNSAID if val_table is None else TRAIN}
         if val_table is not None:
             self.tables[val_table] = VAL
-        said = repr((sorted(os.path.realpath(path) for path in self.tables), columns))
+        said = repr(([(os.path.realpath(path), split) for path, split in self.tables.items()], columns))
         self.name = f"labels-{hashlib.blake2b(said.encode('utf-8', 'surrogateescape'), digest_size=6).hexdigest()}"
 
     def places(self, cache_dir: str) -> list[Path]:
@@ -76,13 +77,14 @@ class LabelledLayout(Layout):
 
     def scan(self) -> Scan:
         found = find_images(self.root)
-        files = Files(self.root, found.images)
+        files, unknown = Files(self.root, found.images), set[str]()
         left_out, named = Counter(found.left_out), dict[str, tuple[Path, int]]()
         paths, labels, splits = [], [], []
         for table, split_of_table in self.tables.items():
-            for row in read_table(table, self.columns):
+            for row in read_table(table, self.columns, files.has):
                 if row.split and row.split not in SPLIT_NUMBERS:
                     left_out[f"of the split {row.split}"] += 1
+                    unknown.add(row.split)
                     continue
                 path = files.find(row, table, split_of_table)
                 if path in named:
@@ -93,7 +95,8 @@ class LabelledLayout(Layout):
                 labels.append(row.label)
                 splits.append(split_of_table or SPLIT_NUMBERS.get(row.split, UNSAID) or split_of_folder(path))
         if not paths:
-            raise UserError(f"{next(iter(self.tables))} names no image; it needs a line FILE,CLASS for each")
+            but = f" of the split train or val, only of {', '.join(sorted(unknown)[:NAMED])}" if unknown else ""
+            raise UserError(f"{next(iter(self.tables))} names no image{but}; it needs a line FILE,CLASS for each")
         if unnamed := len(found.images) - len(paths):
             left_out["images that no line names"] += unnamed
         classes = sorted(set(labels))
@@ -120,6 +123,10 @@ class Files:
             name = PurePosixPath(path).name
             for key in {name, os.path.splitext(name)[0]}:
                 self._by_name.setdefault(key, []).append(path)
+
+    def has(self, file: str) -> bool:
+        """Tell whether there is an image of this name, whatever folder it is in."""
+        return PurePosixPath(file.strip()).name in self._by_name
 
     def find(self, row: Row, table: Path, split: int) -> str:
         """Find the one image that a line means: its path, a path that ends so, or one without its type.
@@ -167,8 +174,13 @@ def name_in_class(path: str, label: str) -> str:
     return name if folder in (label, *SPLIT_FOLDERS) else path
 
 
-def read_table(path: Path, columns: list[str]) -> Iterator[Row]:
+def read_table(path: Path, columns: list[str], is_there: Callable[[str], bool]) -> Iterator[Row]:
     """Read the lines of a table whose first line names its columns, or that has two columns without names.
+
+    Args:
+        path: of the table.
+        columns: those of the file and of the class; what they are called tells where this is empty.
+        is_there: tells whether there is an image of a name, which then is no name of a column.
 
     Raises:
         UserError: it cannot be read, or does not tell which of its columns has the file and which the class.
@@ -183,7 +195,7 @@ def read_table(path: Path, columns: list[str]) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(SEPARATORS, key=first.count))
     try:
         header = [name.strip() for name in next(reader, [])]
-        named = not any(is_image(name) for name in header)
+        named = not any(is_image(name) for name in header) and not (len(header) == 2 and is_there(header[0]))
         file, label, split = choose_columns(path, header, columns) if named else (0, 1, None)
         rows = [] if named else [(1, header)]
         rows += [(reader.line_num, fields) for fields in reader]
@@ -194,7 +206,8 @@ def read_table(path: Path, columns: list[str]) -> Iterator[Row]:
             continue
         if len(fields) <= max(file, label, split or 0) or not fields[file].strip() or not fields[label].strip():
             raise UserError(f"{path}, line {line} has no file or no class; write both, or remove it")
-        yield Row(line, fields[file].strip(), fields[label].strip(), fields[split].strip().lower() if split else "")
+        said = "" if split is None else fields[split].strip().lower()
+        yield Row(line, fields[file].strip(), fields[label].strip(), said)
 
 
 def choose_columns(path: Path, header: list[str], columns: list[str]) -> tuple[int, int, int | None]:

@@ -34,11 +34,11 @@ def find_layout(root: Path, split: str, layout: str) -> Layout | None:
     return None
 
 
-def missing(root: Path | str, split: str, layout: str) -> UserError:
+def missing(root: Path | str, split: str, layout: str, key: str = "DATA.DATA_PATH") -> UserError:
     """Say that there is no such split."""
     names = LAYOUTS if layout == "auto" else [layout]
     expected = ", ".join(EXPECTED[name].format(split=split) for name in names)
-    return UserError(f"DATA.DATA_PATH {root} has no folder '{split}'; expected {expected} in it (see docs/data.md)")
+    return UserError(f"{key} {root} has no folder '{split}'; expected {expected} in it (see docs/data.md)")
 
 
 def _folder(root: Path, split: str) -> Layout | None:

@@ -31,13 +31,21 @@ def look_of(pixels: Tensor) -> np.ndarray:
 
 def pairs_alike(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:
     """Find the images of two collections that look alike, by their looks ``(N, 32)``; at most 10,000 pairs."""
-    one, other = (torch.from_numpy(np.unpackbits(looks, axis=1)).float() * 2 - 1 for looks in (first, second))
-    told = torch.from_numpy(first.any(axis=1))
+    told = [np.flatnonzero(looks.any(axis=1)) for looks in (first, second)]
     pairs: list[tuple[int, int]] = []
-    for start in range(0, len(one), CHUNK):  # of two bits the product is 1 where they are the same, else -1
-        same = one[start : start + CHUNK] @ other.T >= BITS - 2 * ALIKE
-        found = (same & told[start : start + CHUNK, None]).nonzero()
-        pairs += [(start + i, j) for i, j in found.tolist()]
-        if len(pairs) >= MOST_PAIRS:
-            break
-    return pairs[:MOST_PAIRS]
+    for rows in _chunks(told[0]):
+        one = _as_signs(first[rows])
+        for columns in _chunks(told[1]):  # of two bits the product is 1 where they are the same, else -1
+            alike = (one @ _as_signs(second[columns]).T >= BITS - 2 * ALIKE).nonzero().numpy()
+            pairs += zip(rows[alike[:, 0]].tolist(), columns[alike[:, 1]].tolist(), strict=True)
+            if len(pairs) >= MOST_PAIRS:
+                return pairs[:MOST_PAIRS]
+    return pairs
+
+
+def _chunks(numbers: np.ndarray) -> list[np.ndarray]:
+    return [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+
+
+def _as_signs(looks: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.unpackbits(looks, axis=1)).float() * 2 - 1

@@ -51,6 +51,12 @@ class PartOfIndex(ImageIndex):
     def read(self, i: int) -> bytes:
         return self.whole.read(int(self.rows[i]))
 
+    def read_ahead(self, part: int, parts: int) -> int:
+        return self.whole.read_ahead(part, parts)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        self.whole.expect([int(self.rows[i]) for i in numbers])
+
     def name(self, i: int) -> str:
         return self.whole.name(int(self.rows[i]))
 
@@ -79,6 +85,14 @@ class JoinedIndex(ImageIndex):
     def read(self, i: int) -> bytes:
         part, row = self._place(i)
         return part.read(row)
+
+    def read_ahead(self, part: int, parts: int) -> int:
+        return sum(index.read_ahead(part, parts) for index in self.parts)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        places = [self._place(i) for i in numbers]
+        for index in self.parts:
+            index.expect([row for part, row in places if part is index])
 
     def name(self, i: int) -> str:
         part, row = self._place(i)

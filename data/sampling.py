@@ -63,6 +63,31 @@ class TrainBatches(Sampler[list[Key]]):
         return (self.last_step - self.first_step) * self.accumulation
 
 
+class BalancedTrainBatches(TrainBatches):
+    """Batches in which each class is drawn equally often: of rare ones an image comes several times an epoch.
+
+    An epoch has as many places as there are images. They go round the classes, in a new order each round, and round
+    the images of each class likewise, so that no class is ahead of another by more than one.
+
+    Args:
+        labels: the class of each image, ``(N,)``.
+    """
+
+    def __init__(self, labels: np.ndarray, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int):
+        super().__init__(len(labels), batch_size, accumulation, rank, world_size, seed)
+        self.images = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+    def order(self, epoch: int) -> np.ndarray:
+        generator = np.random.RandomState(derive_seed(self.seed, "balanced order", epoch) & 0xFFFFFFFF)
+        rounds = -(-self.size // len(self.images))
+        of_classes = []
+        for images in self.images:
+            times = -(-rounds // len(images))
+            of_classes.append(np.concatenate([generator.permutation(images) for _ in range(times)])[:rounds])
+        turns = [generator.permutation(len(self.images)) for _ in range(rounds)]
+        return np.concatenate([[of_classes[label][i] for label in turn] for i, turn in enumerate(turns)])[: self.size]
+
+
 class GroupedTrainBatches(TrainBatches):
     """Micro-batches of one group of images each, wide or tall ones, say. Source: the published detection recipes.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import find_images, folders_above, list_folder
+from data.files import find_images, folders_above, is_image, list_folder
 from data.folder import FolderLayout
 from data.index import ImageIndex, Layout, folder_of_mine, open_index
 from data.labels import TRAIN, UNSAID, VAL, LabelledLayout
@@ -53,9 +53,8 @@ def root_of(config, expected: str) -> Path:
     Raises:
         UserError: it is not named, or not there.
     """
-    if not config.DATA.DATA_PATH:
-        raise UserError(f"DATA.DATA_PATH is not set: give --data-path DIR with {expected}")
-    return _folder("DATA.DATA_PATH", config.DATA.DATA_PATH, expected)
+    _folder("DATA.DATA_PATH", config.DATA.DATA_PATH, expected)
+    return Path(config.DATA.DATA_PATH)
 
 
 def describe_share(
@@ -82,96 +81,118 @@ def describe_share(
 
 
 def _open_all(config, training: bool) -> Splits:
-    opened = [_open_one(config, config.DATA.DATA_PATH, training)]
-    for path in map(expanded, config.DATA.MORE_PATHS):
-        if not is_url(path):
-            _folder("DATA.MORE_PATHS", path, EXPECTED_IMAGES)
-        opened.append(_open_one(config, path, training))
-    if len(opened) == 1:
-        return opened[0]
-    classes = sorted({name for _, _, names in opened for name in names})
-    train = [index for index, _, _ in opened if index is not None]
-    return JoinedIndex(train, classes) if train else None, JoinedIndex([val for _, val, _ in opened], classes), classes
-
-
-def _open_one(config, path: str, training: bool) -> Splits:
-    if config.DATA.LABELS:
+    data = config.DATA
+    if data.LABELS:
         return _open_labelled(config, root_of(config, "images, and DATA.LABELS with their classes"), training)
-    if config.DATA.VAL_SHARE:
-        if is_url(path):
-            raise UserError(f"DATA.VAL_SHARE: data at a URL needs shards of its own for val, and {path} may have them")
-        root = _folder("DATA.DATA_PATH", path, EXPECTED_IMAGES) if path else root_of(config, EXPECTED_IMAGES)
-        return _divided(config, open_index(_only_layout(config, root), config.DATA.CACHE_DIR), training)
-    return _open_both(config, path, training)
+    paths = {"DATA.DATA_PATH": [data.DATA_PATH], "DATA.MORE_PATHS": list(map(expanded, data.MORE_PATHS))}
+    places = [(key, path) for key, of_key in paths.items() for path in of_key]
+    for key, path in places:
+        if not is_url(path):
+            _folder(key, path)
+    if data.VAL_SHARE:
+        whole = [open_index(_only_layout(config, key, path), data.CACHE_DIR) for key, path in places]
+        return _divided(config, _joined(whole), training)
+    opened = [_open_both(config, key, path, training) for key, path in places]
+    if len(opened) == 1:
+        train, val, classes = opened[0]
+        assert val is not None
+        return train, val, classes
+    classes = sorted({name for _, _, names in opened for name in names})
+    train = _joined([index for index, _, _ in opened if index is not None], classes) if training else None
+    return train, _joined([index for _, index, _ in opened if index is not None], classes), classes
 
 
-def _open_both(config, path: str, training: bool) -> Splits:
-    """Open data that has a split of either kind."""
+def _joined(indexes: list[ImageIndex], classes: list[str] | None = None) -> ImageIndex:
+    classes = classes or sorted({name for index in indexes for name in index.classes})
+    return indexes[0].with_classes(classes) if len(indexes) == 1 else JoinedIndex(indexes, classes)
+
+
+def _open_both(config, key: str, path: str, training: bool) -> tuple[ImageIndex | None, ImageIndex | None, list[str]]:
+    """Open data with splits; a folder of DATA.MORE_PATHS needs no val, and may be class folders to train on."""
     find: Callable[[str], Layout | None]
     if is_url(path):
         if config.DATA.FORMAT not in ("auto", "tar"):
             raise UserError(f"DATA.FORMAT {config.DATA.FORMAT}: data at a URL are tar shards; leave it at auto")
-        root: Path | str = path
         find = partial(find_remote_layout, Store(path))
     else:
-        root = _folder("DATA.DATA_PATH", path, EXPECTED_IMAGES) if path else root_of(config, EXPECTED_IMAGES)
-        find = partial(find_layout, root, layout=config.DATA.FORMAT)
-    layouts = {"train": None, "val": find("val")}
+        find = partial(find_layout, Path(path), layout=config.DATA.FORMAT)
+    layouts, is_first = {"train": None, "val": find("val")}, key == "DATA.DATA_PATH"
     with nullcontext() if training else suppress(UserError):  # evaluation only takes the names of its classes
         layouts["train"] = find("train")
-    for split in ("train", "val") if training else ("val",):
+    if not is_first and layouts["train"] is None and not is_url(path) and _is_flat(config, Path(path)):
+        layouts["train"] = FolderLayout(Path(path), ".")
+    needed = [*(["train"] if training or not is_first else []), *(["val"] if is_first else [])]
+    for split in needed:
         if layouts[split] is None:
-            absent = missing(root, split, "tar" if is_url(path) else config.DATA.FORMAT)
-            raise absent if is_url(path) else UserError(f"{absent}{_way_out(Path(root), layouts['train'])}")
+            absent = missing(path, split, "tar" if is_url(path) else config.DATA.FORMAT, key)
+            raise absent if is_url(path) or not is_first else _with_way_out(absent, Path(path), layouts["train"])
     there, cache_dir = {split: layout for split, layout in layouts.items() if layout is not None}, config.DATA.CACHE_DIR
     train = open_index(there["train"], cache_dir) if training else None
-    classes = train.classes if train is not None else there.get("train", there["val"]).classes(cache_dir)
-    return train, open_index(there["val"], cache_dir).with_classes(classes), classes
+    classes = train.classes if train is not None else there["train" if "train" in there else "val"].classes(cache_dir)
+    val = open_index(there["val"], cache_dir).with_classes(classes) if "val" in there else None
+    return train, val, classes
 
 
-def _way_out(root: Path, train: Layout | None) -> str:
-    """Say what could be done with data that lacks a split; empty where nothing comes to mind."""
-    if train is not None:
-        return f"; {SET_APART.format(of='the training images')}"
+def _with_way_out(absent: UserError, root: Path, train: Layout | None) -> UserError:
+    """Say too what could be done with data that lacks a split, where something comes to mind."""
+    way = ""
     with suppress(UserError):
         inside = list_folder(root, folders_above(root))
         tables = [name for name in sorted(inside.files) if name.lower().endswith(".csv")]
-        if tables:
-            return f"; if {tables[0]} has the classes of the images add --opts DATA.LABELS {root / tables[0]}"
-        if _has_classes(root, inside.folders):
-            return f"; its folders seem to be the classes: {SET_APART.format(of='the images')}"
-    return ""
+        direct, deeper = _class_folders(root)
+        if train is not None:
+            way = SET_APART.format(of="the training images")
+        elif tables:
+            way = f"if {tables[0]} has the classes of the images add --opts DATA.LABELS {root / tables[0]}"
+        elif len(direct) > 1:
+            way = f"its folders seem to be the classes: {SET_APART.format(of='the images')}"
+        elif deeper:
+            way = f"there are images deeper down: give --data-path {root / deeper[0]} if its folders are the classes"
+    return UserError(f"{absent}; {way}") if way else absent
 
 
-def _has_classes(root: Path, folders: list[str]) -> bool:
-    """Tell whether there are images in folders that are not those of the splits."""
-    others = (folder for folder in folders if all(folder not in names for names in SPLITS.values()))
-    return any(find_images(root / folder).images for folder in others)
+def _class_folders(root: Path) -> tuple[list[str], list[str]]:
+    """List the folders in ``root`` that hold images, if not all are splits; and those that hold some deeper down."""
+    of_splits = {"test", *(name for names in SPLITS.values() for name in names)}
+    inside = list_folder(root, folders_above(root))
+    direct: list[str] = []
+    deeper: list[str] = []
+    for name in sorted(inside.folders):
+        files = list_folder(root / name, inside.within).files
+        if any(map(is_image, files)):
+            direct.append(name)
+        elif name not in of_splits and find_images(root / name, inside.within).images:
+            deeper.append(name)
+    return [] if of_splits.issuperset(direct) else direct, deeper
 
 
-def _only_layout(config, root: Path) -> Layout:
+def _is_flat(config, root: Path) -> bool:
+    """Tell whether the folders in ``root`` are the classes: several hold images themselves."""
+    return config.DATA.FORMAT in ("auto", "folder") and len(_class_folders(root)[0]) > 1
+
+
+def _only_layout(config, key: str, path: str) -> Layout:
     """Find the images of which DATA.VAL_SHARE is taken: those of ``train``, or class folders without more ado.
 
     Raises:
         UserError: there is none, or a val besides.
     """
-    folders, train_folder = list_folder(root, folders_above(root)).folders, root / SPLITS["train"][0]
-    is_flat = config.DATA.FORMAT in ("auto", "folder") and _has_classes(root, folders)
-    is_class = train_folder.is_dir() and not list_folder(train_folder, folders_above(train_folder)).folders
-    train = None if is_flat and is_class else find_layout(root, "train", config.DATA.FORMAT)
-    if train is None and is_flat:
+    if is_url(path):
+        raise UserError(f"DATA.VAL_SHARE is for folders and archives on disks; {path} needs shards of its own for val")
+    root = Path(path)
+    if _is_flat(config, root):  # one of whose classes may be called train
         return FolderLayout(root, ".")
+    train = find_layout(root, "train", config.DATA.FORMAT)
     if train is None:
-        raise missing(root, "train", config.DATA.FORMAT)
+        raise _with_way_out(missing(root, "train", config.DATA.FORMAT, key), root, None)
     if find_layout(root, "val", config.DATA.FORMAT):
         raise _has_val(config, root)
     return train
 
 
 def _has_val(config, where: Path) -> UserError:
-    return UserError(
-        f"DATA.VAL_SHARE {config.DATA.VAL_SHARE:g}: {where} has validation images of its own; leave it at 0"
-    )
+    share = config.DATA.VAL_SHARE
+    return UserError(f"DATA.VAL_SHARE {share:g}: {where} has validation images of its own; leave it at 0")
 
 
 def _open_labelled(config, root: Path, training: bool) -> Splits:
@@ -189,8 +210,12 @@ def _open_labelled(config, root: Path, training: bool) -> Splits:
     if (splits == UNSAID).any():
         name = index.name(int((splits == UNSAID).argmax()))
         raise UserError(f"{data.LABELS} names images of val, and does not tell of {name} whether it is train or val")
+    train = PartOfIndex(index, np.flatnonzero(splits == TRAIN), counts=True)
     val = PartOfIndex(index, np.flatnonzero(splits == VAL), counts=not training)
-    return PartOfIndex(index, np.flatnonzero(splits == TRAIN), counts=True) if training else None, val, index.classes
+    if training and not len(train):
+        raise UserError(f"{data.LABELS} names no image of train; write some with their classes")
+    classes = [index.classes[label] for label in np.unique(train.labels)] if len(train) else index.classes
+    return train.with_classes(classes) if training else None, val.with_classes(classes), classes
 
 
 def _divided(config, index: ImageIndex, training: bool) -> Splits:
@@ -208,10 +233,11 @@ def _divided(config, index: ImageIndex, training: bool) -> Splits:
     return train if training else None, val, index.classes
 
 
-def _folder(key: str, path: str, expected: str) -> Path:
+def _folder(key: str, path: str, expected: str = EXPECTED_IMAGES) -> None:
+    if not path:
+        raise UserError(f"{key} is not set: give --data-path DIR with {expected}")
     if not os.path.isdir(path):
         raise UserError(f"{key} {path} is not a folder; give the one with {expected}")
-    return Path(path)
 
 
 # ---- data sets of timm's

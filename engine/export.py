@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from config import SETTINGS, build_config, flatten, settings_in
+from config import SETTINGS, WHERE_DATA_LIES, build_config, flatten, settings_in
 from models.build import ARCHITECTURE
 from models.heads import AtImageSize, Detector, FixedDetector, Segmenter, largest_differences
 from tasks.trained import SAID_BESIDES, TrainedModel, build
@@ -96,7 +96,7 @@ class Source(NamedTuple):
 
     def settings(self) -> str:
         """Those of the run but for its paths, as a checkpoint has them: anchors, say, are in no weight."""
-        kept = [(key, value, "") for key, value in flatten(self.trained.config).items() if not SETTINGS[key].path]
+        kept = [(key, value, "") for key, value in flatten(self.trained.config).items() if key not in WHERE_DATA_LIES]
         return build_config(flags=kept).dump()
 
     def metadata(self) -> dict[str, str]:
@@ -213,7 +213,8 @@ def run_settings(path: str) -> str:
     saved = checkpoint.read(path).get("config")
     if not isinstance(saved, str):
         return "# the checkpoint does not name them\n"
-    differing = {k: v for k, v in settings_in(saved, path).items() if not SETTINGS[k].path and v != SETTINGS[k].default}
+    there = settings_in(saved, path)
+    differing = {k: v for k, v in there.items() if k not in WHERE_DATA_LIES and v != SETTINGS[k].default}
     return yaml.safe_dump(differing, sort_keys=False)
 
 

@@ -71,6 +71,17 @@ class Run:
     def is_done(self) -> bool:
         return self.state.step == self.total_steps
 
+    def is_stalled(self) -> bool:
+        """Whether TRAIN.PATIENCE is at an end; says so."""
+        patience, waited = self.config.TRAIN.PATIENCE, self.state.evaluations_since_best
+        if not patience or waited < patience or self.is_done():
+            return False
+        self.log.message(
+            f"stopped early after step {self.state.step:,}: {waited} evaluations have brought no better "
+            f"{self.task.best_title} than {self.state.best:.2f} (TRAIN.PATIENCE {patience})"
+        )
+        return True
+
     def log_is_due(self) -> bool:
         return self._ends_epoch() or self.is_done() or self.state.step % self.config.PRINT_FREQ == 0
 
@@ -247,9 +258,11 @@ class Run:
         """Evaluate the weights, and their moving average where there is one; keep what beats the best so far."""
         with self.stop.at_once():  # the state is saved already
             self.state.share_buffers()
+            before = self.state.best
             for weights, model in self.state.candidates().items():
                 self._evaluate(weights, model)
             self.state.evaluated_step = self.state.step
+            self.state.evaluations_since_best = 0 if self.state.best > before else self.state.evaluations_since_best + 1
         self.save()
         self.watchdog.beat(self.state.step)
         self.stopwatch.restart()

@@ -32,6 +32,7 @@ class TrainState:
 
     Attributes:
         best: the metric that the task goes by, of the best weights so far.
+        evaluations_since_best: how many in a row have brought nothing better.
         carried: CARRIED of the checkpoint that the run goes on from, for whom it concerns.
         changing: held while weights, step and the rest change.
         whole: whether they fit each other.
@@ -44,6 +45,7 @@ class TrainState:
     step: int = 0
     best: float = -math.inf
     evaluated_step: int = 0
+    evaluations_since_best: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
     changing: threading.RLock = field(default_factory=threading.RLock)
     whole: bool = True
@@ -110,6 +112,7 @@ class TrainState:
             "step": self.step,
             "best": self.best,
             "evaluated_step": self.evaluated_step,
+            "evaluations_since_best": self.evaluations_since_best,
         }
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
@@ -130,6 +133,7 @@ class TrainState:
         self.scaler.load_state_dict(scale or self.scaler.state_dict())
         self.step, self.best = content["step"], content["best"]
         self.evaluated_step = content["evaluated_step"]
+        self.evaluations_since_best = content.get("evaluations_since_best", 0)
         self.carried = {key: content[key] for key in CARRIED if key in content}
 
     def share_buffers(self) -> None:

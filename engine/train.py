@@ -159,6 +159,8 @@ def take_steps(run: Run, train_step: TrainStep) -> None:
     batches = run.batches()
     run.stop.defer()
     for step in range(state.step, run.total_steps):
+        if run.is_stalled():
+            break
         learning_rate = run.schedule(step)
         state.set_learning_rate(learning_rate)
         state.begin_step()

@@ -3,35 +3,40 @@
 What is fetched stays in the caches of huggingface_hub (``HF_HOME``) and torch (``TORCH_HOME``) and is taken from there.
 """
 
+import hashlib
 import logging
 import os
 import re
+import string
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import urlopen
 
 import timm
 import torch
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
 from models.crossformer import VARIANTS
-from utils.checkpoint import FOLDER_WEIGHTS
+from utils import checkpoint
+from utils.checkpoint import CHUNK, FOLDER_WEIGHTS
 from utils.errors import UserError, did_you_mean
-from utils.files import reason_of
+from utils.files import reason_of, temporary_name
 
 DEFAULT = "default"
 """Stands for what timm has for the model's name."""
 HUB, OF_TIMM = "hf-hub:", "timm/"
 URL = re.compile(r"https?://")
-HASH = re.compile(r"-([a-f0-9]{8,})\.\w+$")
-"""What torch and timm put into the names of weights: how their SHA-256 begins."""
+HASH = re.compile(r"-(?!\d+\.)([a-f0-9]{8,})\.\w+$")
+"""What torch and timm put into the names of weights: how their SHA-256 begins. A date is none."""
 PUBLISHED = re.compile(r"crossformer(pp)?[-_](t|s|b|l|h|tiny|small|base|large|huge)\.pth")
 AUTHORS = "https://github.com/cheerss/CrossFormer"
 
@@ -103,7 +108,9 @@ def _from_hub(model: str) -> str:
     except LocalEntryNotFoundError as error:
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise UserError(f"{model} is not in the cache and the hub cannot be reached{offline}; {elsewhere}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the libraries below have errors of their own for proxies and broken transfers
         raise UserError(f"{model} cannot be fetched: {_first_line(error)}; {elsewhere}") from error
 
 
@@ -111,16 +118,23 @@ def _files_of(repository: str, revision: str, local_files_only: bool = False) ->
     def fetch(name: str) -> str:
         return hf_hub_download(repository, name, revision=revision or None, local_files_only=local_files_only)
 
+    try:
+        config = Path(fetch("config.json"))
+    except LocalEntryNotFoundError:  # of the cache; also an EntryNotFoundError
+        raise
+    except EntryNotFoundError as error:
+        raise UserError(f"{repository} has no config.json, so it is no model of timm's; take another") from error
+    checkpoint.architecture_in(config)  # before gigabytes are fetched
     missing: Exception | None = None
     for name in FOLDER_WEIGHTS:
         try:
             fetch(name)
-        except LocalEntryNotFoundError as error:  # of the cache; also an EntryNotFoundError
+        except LocalEntryNotFoundError as error:
             missing = error
         except EntryNotFoundError:
             continue
         else:
-            return str(Path(fetch("config.json")).parent)
+            return str(config.parent)
     raise missing or UserError(f"{repository} has none of {', '.join(FOLDER_WEIGHTS)}; take another model")
 
 
@@ -137,19 +151,36 @@ def _quiet() -> Iterator[None]:
 
 
 def _download(url: str) -> str:
-    """Fetch a file into torch's cache, where timm and torchvision keep theirs too."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.partition("?")[0].rpartition("/")[2])
+    """Fetch a file into torch's cache, where timm and torchvision keep theirs too.
+
+    Where its name does not say its digest, another file of that name is kept apart by the whole address.
+    """
+    name = unquote(urlsplit(url).path.rpartition("/")[2]) or "weights"
+    expected = HASH.search(name)
+    apart = "" if expected else f"{hashlib.sha256(url.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}-"
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{apart}{name}")
     if path.is_file():
         return str(path)
-    expected = HASH.search(path.name)
+    temporary, digest = temporary_name(path), hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), expected[1] if expected else None, progress=False)
-    except (OSError, RuntimeError) as error:  # the latter where it has another hash
+        with urlopen(quote(url, safe=string.punctuation)) as answer, open(temporary, "wb") as file:
+            while data := answer.read(CHUNK):
+                digest.update(data)
+                file.write(data)
+            length = int(answer.headers.get("Content-Length") or file.tell())
+            if file.tell() != length:
+                raise ValueError(f"only {file.tell():,} of {length:,} bytes have come")
+        if expected and not digest.hexdigest().startswith(expected[1]):
+            raise ValueError(f"its name says that its SHA-256 begins with {expected[1]}, and it does not")
+        os.replace(temporary, path)
+    except (OSError, ValueError, HTTPException) as error:
         reason = _first_line(getattr(error, "reason", error))
         raise UserError(
             f"{url} cannot be fetched: {reason}; fetch it where there is a network and put it to {path}"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return str(path)
 
 

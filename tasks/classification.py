@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -20,7 +21,7 @@ from data.augmentation import (
     build_train_stage,
     build_train_transform,
 )
-from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory
+from data.build import build_eval_loader, build_train_loader, check_num_classes, keep_in_memory, labels_of
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding
 from data.index import Index
@@ -60,6 +61,7 @@ class Classification:
         self._among: Tensor | None = None
         self._real: RealLabels | None = None
         self._val: Index | None = None
+        self._weights: Tensor | None = None
 
     def model(self) -> nn.Module:
         return build_model(self.config, self._num_classes())
@@ -80,6 +82,9 @@ class Classification:
         sample = DecodeAndTransform(transform, build_decoding(config))
         loader = build_train_loader(config, train, sample, transform.size, stage)
         self._mix = build_mixing(config, len(self.classes))
+        if config.TRAIN.CLASS_WEIGHTS == "balanced":
+            counts = np.bincount(labels_of(train, "TRAIN.CLASS_WEIGHTS balanced"), minlength=len(self.classes))
+            self._weights = torch.tensor(balanced_weights(counts), dtype=torch.float32, device=self.device)
         described = (
             f"{len(train):,} images of {len(self.classes):,} classes  "
             f"augmented {'on the GPU' if on_device else 'by the loader processes'}"
@@ -129,8 +134,15 @@ class Classification:
         return batch._replace(images=images, targets=targets)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy with label smoothing, which mixed targets ``(B, classes)`` carry already."""
+        """Cross entropy with label smoothing, which mixed targets ``(B, classes)`` carry already.
+
+        With TRAIN.CLASS_WEIGHTS that of an image counts as much as its class, or as its classes by their shares.
+        """
         targets = cast(Tensor, batch.targets)
+        if self._weights is not None:
+            return weighted_cross_entropy(
+                model(batch.images), targets, self._weights, self.config.MODEL.LABEL_SMOOTHING
+            ), {}
         criterion = (
             SoftTargetCrossEntropy()
             if targets.is_floating_point()
@@ -174,6 +186,26 @@ class Classification:
                 head = "the head too, although its classes are others or in another order"
         average = ", of the moving average in it" if which == "ema" else ""
         return [f"starting from {path}{average}: {loaded.matched} weights matched, {head}", *loaded.notes]
+
+
+def balanced_weights(counts: np.ndarray) -> np.ndarray:
+    """Weigh classes in inverse proportion to their images ``(classes,)``, so that the mean over images is 1."""
+    return counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1))
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Average the cross entropy of images, each times the weight of its class.
+
+    Args:
+        logits: ``(B, classes)``.
+        targets: ``(B,)``, or shares ``(B, classes)`` that are smoothed already.
+        weights: ``(classes,)``.
+        smoothing: of targets that are classes.
+    """
+    if targets.is_floating_point():
+        return (F.cross_entropy(logits, targets, reduction="none") * (targets @ weights)).mean()
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    return (losses * weights[targets]).mean()
 
 
 class Accuracy:

@@ -163,7 +163,7 @@ def settings_of(content: dict, weights: dict[str, Tensor], path: str, name: str)
             settings += GROUPS_AS_PUBLISHED if found in CROSSFORMERS else []
         elif segmenter_classes(weights) is None:
             cfg = timm.get_pretrained_cfg(found)  # not every model has one
-            settings += preparation_of({"pretrained_cfg": cfg.to_dict()} if cfg else {}, path)
+            settings += preparation_of({"pretrained_cfg": cfg.to_dict()} if cfg else {}, f"{path}, or timm of {found},")
         else:
             head = "semantic_fpn" if any("neck." in key for key in weights) else "upernet"
             settings += [("TASK", PIXELS, path), ("MODEL.HEAD", head, path)]
@@ -207,14 +207,16 @@ def prepared_otherwise(content: dict, config: Config, path: str) -> list[str]:
     if isinstance(saved, str):
         there = flatten(default_config()) | settings_in(saved, path)
     elif os.path.isdir(path):
-        there = flatten(build_config(flags=preparation_of(content["timm"], path)))  # values as settings have them
+        preparation = preparation_of(content["timm"], path)
+        of_folder = flatten(build_config(flags=preparation))  # values as settings have them
+        there = {key: of_folder[key] for key, *_ in preparation}
     here = flatten(config)
     matter = [key for key in PREPARATION if key != "TEST.CROP_PCT" or here["TEST.CROP"]]
     lines = []
     if differing := _differing(matter, here, there):
         lines.append(f"images are prepared otherwise than {path} says: {differing}")
     differing = _differing(SET_APART, here, there)
-    if differing and (here["DATA.VAL_SHARE"] or there.get("DATA.VAL_SHARE")):
+    if differing and here["DATA.VAL_SHARE"]:
         lines.append(f"warning: {path} may have been trained on some of these images: {differing}")
     return lines
 
@@ -224,27 +226,34 @@ def _differing(keys: Iterable[str], here: dict[str, Any], there: dict[str, Any])
     return ", ".join(f"{key} {here[key]} (there {there[key]})" for key in differing)
 
 
-def followed(config: Config, given: list[Given], path: str) -> list[Given]:
+def followed(config: Config, given: list[Given]) -> list[Given]:
     """Of the settings of weights those that a run from them takes over: architecture, and how images are prepared.
 
     Args:
         config: of the run, as it would be without them.
         given: as of :func:`settings_of`.
     """
-    there = {key: value for key, value, _ in given}
+    there = {key: (value, source) for key, value, source in given}
+
+    def of(key: str) -> Any:
+        return there.get(key, (None, ""))[0]
+
     keys = [key for key in PREPARATION if key != "TEST.VIEWS"]
-    if config.TASK != CLASSES or there.get("TASK", CLASSES) != CLASSES:
+    if config.TASK != CLASSES or of("TASK") not in (None, CLASSES):
         keys = [*OF_ALL_TASKS]
-    if "MODEL.NAME" not in config.given or there.get("MODEL.NAME") == config.MODEL.NAME:
+    if "MODEL.NAME" not in config.given or of("MODEL.NAME") == config.MODEL.NAME:
         keys += ["MODEL.NAME", *ARCHITECTURE_SETTINGS]
-    return [(key, there[key], path) for key in keys if key in there]
+    return [(key, *there[key]) for key in keys if key in there]
 
 
-def describe_following(config: Config, path: str) -> str:
-    """Say in a line how images are prepared for an evaluation, and what of that was asked for."""
-    values = flatten(config)
-    keys = [key for key in PREPARATION if key != "TEST.VIEWS"] if config.TASK == CLASSES else OF_ALL_TASKS
-    own = [key for key in keys if key in config.given]
-    text = ", ".join(f"{key} {values[key]}" for key in keys if key not in own)
-    given = f"; as was asked for: {', '.join(f'{key} {values[key]}' for key in own)}" if own else ""
-    return f"as {path} says: {text}{given}" if text else ""
+def describe_following(config: Config, given: list[Given]) -> list[str]:
+    """Say in a line what is as weights say, and what of it was asked for."""
+    values, said = flatten(config), [one for one in given if one[0] in ("MODEL.NAME", *PREPARATION)]
+    lines = []
+    for source in dict.fromkeys(source for _, _, source in said):
+        keys = [key for key, _, one in said if one == source]
+        own = [key for key in keys if key in config.given]
+        text = ", ".join(f"{key} {values[key]}" for key in keys if key not in own)
+        asked = f"; as was asked for: {', '.join(f'{key} {values[key]}' for key in own)}" if own else ""
+        lines.append(f"as {source} says: {text or 'nothing'}{asked}")
+    return lines

@@ -57,7 +57,7 @@ def serving(folder: Path) -> Iterator[str]:
             self.send_response(200)
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content) * (2 if path.name == "cut.pth" else 1)))
             self.end_headers()
             if with_content:
                 self.wfile.write(content)
@@ -89,15 +89,25 @@ def test_weights_of_the_hub_and_then_of_its_cache(run_main, digits, weights, tmp
     how = {"fresh": True, "HF_HOME": str(tmp_path / "cache")}
     with serving(tmp_path / "hub") as address:
         done = run_main(*command, **how, HF_ENDPOINT=address)
+        for name, says in (("empty", None), ("other", {"model_type": "bert"})):
+            (tmp_path / "hub" / "them" / name).mkdir(parents=True)
+            if says:
+                (tmp_path / "hub" / "them" / name / "config.json").write_text(json.dumps(says))
+        others = [
+            run_main(*command, "--pretrained", f"hf-hub:them/{name}", **how, HF_ENDPOINT=address, ok=False).error
+            for name in ("empty", "other")
+        ]
         unknown = run_main(*command, "--pretrained", "hf-hub:nobody/nothing", **how, HF_ENDPOINT=address, ok=False)
     folder = tmp_path / "cache" / "hub" / "models--timm--test_vit.mine" / "snapshots" / ("0" * 40)
     assert (
         f"as {folder} says: DATA.IMG_SIZE 48, DATA.INTERPOLATION bilinear, DATA.MEAN [0.5, 0.5, 0.5], DATA.STD "
-        "[0.25, 0.25, 0.25], TEST.CROP True, TEST.CROP_PCT 0.9, DATA.UPRIGHT False, DATA.WHITE 0.0"
+        "[0.25, 0.25, 0.25], TEST.CROP True, TEST.CROP_PCT 0.9, MODEL.NAME test_vit\n"
     ) in done.stdout
     assert f"starting from {folder}: {len(weights)} weights matched, the head too" in done.stdout
     trained = torch.load(tmp_path / "output/test_vit/run/checkpoints/last.pth", weights_only=True)["model"]
     assert all(torch.equal(value, weights[key]) for key, value in trained.items())
+    assert "them/empty has no config.json, so it is no model of timm's" in others[0]
+    assert "config.json is not what timm writes: it names no architecture" in others[1]
     assert (unknown.status, unknown.error.strip()) == (
         2, "error: nobody/nothing: the hub has no such model, or not for you (log in with: hf auth login)",
     )  # fmt: skip
@@ -117,18 +127,32 @@ def test_weights_at_a_url(tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
     torch.save(timm.create_model("crossformer_micro").state_dict(), tmp_path / "files" / "plain.pth")
     digest = hashlib.sha256((tmp_path / "files" / "plain.pth").read_bytes()).hexdigest()[:8]
-    for name in (f"good-{digest}.pth", "wrong-0123abcd.pth"):
+    (tmp_path / "files" / "elsewhere").mkdir()
+    (tmp_path / "files" / "elsewhere" / "plain.pth").write_bytes(b"other")
+    (tmp_path / "files" / "cut.pth").write_bytes(bytes(10))
+    for name in (f"good-{digest}.pth", "wrong-0123abcd.pth", "dated-20211105.pth"):
         (tmp_path / "files" / name).write_bytes((tmp_path / "files" / "plain.pth").read_bytes())
     with serving(tmp_path / "files") as address:
         paths = [locate(f"{address}/{name}", "") for name in ("plain.pth?download=1", f"good-{digest}.pth")]
-        with pytest.raises(UserError, match="wrong-0123abcd.pth cannot be fetched: invalid hash value"):
+        with pytest.raises(UserError, match="wrong-0123abcd.pth cannot be fetched: its name says that its"):
             locate(f"{address}/wrong-0123abcd.pth", "")
         with pytest.raises(UserError, match=r"nothing.pth cannot be fetched: .*; fetch it where there is a network"):
             locate(f"{address}/nothing.pth", "")
-    assert paths[0] == str(tmp_path / "torch" / "hub" / "checkpoints" / "plain.pth")
+        other = locate(f"{address}/elsewhere/plain.pth", "")
+        dated = locate(f"{address}/dated-20211105.pth", "")
+        with pytest.raises(UserError, match=r"cannot be fetched: only [\d,]+ of [\d,]+ bytes have come"):
+            locate(f"{address}/cut.pth", "")
+        with pytest.raises(UserError, match=r"für nichts.pth cannot be fetched: Not Found"):
+            locate(f"{address}/für nichts.pth", "")
+    assert Path(paths[0]).parent == tmp_path / "torch" / "hub" / "checkpoints"
+    assert paths[0].endswith("-plain.pth")
+    assert Path(paths[1]).name == f"good-{digest}.pth", "as timm and torchvision call it"
+    assert Path(other).read_bytes() == b"other"
+    assert dated.endswith("-dated-20211105.pth")
+    assert [path.name for path in Path(other).parent.glob(".*")] == [], "nothing is left of what was cut short"
     assert [Path(path).read_bytes() for path in paths] == 2 * [(tmp_path / "files" / "plain.pth").read_bytes()]
-    assert locate(f"{address}/plain.pth", "") == paths[0], "it is there, so nobody is asked"
-    assert load_trained(f"{address}/plain.pth", torch.device("cpu")).config.MODEL.NAME == "crossformer_micro"
+    assert locate(f"{address}/plain.pth?download=1", "") == paths[0], "it is there, so nobody is asked"
+    assert load_trained(f"{address}/plain.pth?download=1", torch.device("cpu")).config.MODEL.NAME == "crossformer_micro"
 
 
 def test_what_timm_has_for_a_name():
@@ -209,6 +233,21 @@ def test_a_run_outlives_the_weights_that_it_began_from(run_main, trained, digits
 def keys_followed(*arguments) -> set[str]:
     config = parse([str(argument) for argument in arguments])[0]
     return {key for key, *_ in settings_to_follow(config, config.MODEL.PRETRAINED)}
+
+
+def test_the_run_is_found_without_its_weights(run_main, trained, digits):
+    """As long as it is the only one of its tag; a new one is not led astray."""
+    best = trained.results / "checkpoints" / "best.pth"
+    command = (*FINETUNE, "--data-path", digits)
+    run_main(*command, "--tag", "[a]", "--pretrained", best, tag="[a]")
+    again = run_main(*command, "--tag", "[a]", "--opts", "TRAIN.EPOCHS", "2")
+    assert "carrying on from" in again.stdout
+    new = run_main(*command, "--tag", "b", "--opts", "MODEL.NAME", "crossformer_micro", "DATA.IMG_SIZE", "32")
+    assert "starting from random weights" in new.stdout
+    resumed = run_main(
+        *command, "--tag", "c", "--resume", trained.results / "checkpoints" / "last.pth", "--force-resume"
+    )
+    assert "DATA.IMG_SIZE 40" in resumed.stdout
 
 
 def test_what_is_followed(trained, weights, tmp_path):

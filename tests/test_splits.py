@@ -150,15 +150,24 @@ def test_tables_as_people_write_them(flat, tmp_path, delimiter):
     assert parts_of(flat, "DATA.LABELS", table, "DATA.LABEL_COLUMNS", "[c, a]", *SHARE) == expected
 
 
+def test_a_table_without_names_of_columns_and_without_types(flat, tmp_path):
+    rows = in_one_folder(flat, tmp_path / "photos")
+    table = write_table(tmp_path / "labels.csv", [(Path(name).stem, label) for name, label in rows])
+    train, val, _ = opened(tmp_path / "photos", "DATA.LABELS", table, *SHARE)
+    assert len(train) + len(val) == len(rows), "the first line is one of them"
+
+
 def test_a_table_may_name_the_split(flat, tmp_path):
     rows = [(str(path.relative_to(flat)), path.parent.name) for path in images_of(flat)]
     splits = ["train", "Val", "test", "validation"]
-    content = [(*row, splits[i % 4]) for i, row in enumerate(rows)]
-    table = write_table(tmp_path / "labels.csv", [("file", "label", "split"), *content])
-    train, val, _ = opened(flat, "DATA.LABELS", table)
-    assert names_of(train) == {name for name, _ in rows[::4]}
-    assert names_of(val) == {name for name, _ in rows[1::2]}
-    assert train.left_out == {"of the split test": len(rows[2::4]), "images that no line names": len(rows[2::4])}
+    content = [(splits[i % 4], *row) for i, row in enumerate(rows)]
+    for order in ([0, 1, 2], [1, 2, 0]):
+        lines = [("split", "file", "label"), *content]
+        table = write_table(tmp_path / f"labels{order[0]}.csv", [[line[i] for i in order] for line in lines])
+        train, val, _ = opened(flat, "DATA.LABELS", table)
+        assert names_of(train) == {name for name, _ in rows[::4]}
+        assert names_of(val) == {name for name, _ in rows[1::2]}
+        assert train.left_out == {"of the split test": len(rows[2::4]), "images that no line names": len(rows[2::4])}
 
 
 def test_flat_train_and_val_folders_with_a_table_or_two(source, tmp_path):
@@ -170,6 +179,8 @@ def test_flat_train_and_val_folders_with_a_table_or_two(source, tmp_path):
     two = opened(tmp_path / "photos", "DATA.LABELS", tables[0], "DATA.VAL_LABELS", tables[1])
     assert [len(index) for index in two[:2]] == [len(of) for of in rows]
     assert all("/photos/val/" in two[1].name(i) for i in range(len(two[1])))
+    swapped = opened(tmp_path / "photos", "DATA.LABELS", tables[1], "DATA.VAL_LABELS", tables[0])
+    assert len(swapped[0]) == len(rows[1])
     unequal = [row for row in rows[1] if row[0] not in dict(rows[0])]
     table = write_table(tmp_path / "both.csv", [("id", "label"), *rows[0], *unequal])
     if len(unequal) == len(rows[1]):
@@ -197,8 +208,26 @@ def test_several_folders(flat, layouts, tmp_path):
             assert both[2][index.labels[i]] == path.parent.name
         copy = pickle.loads(pickle.dumps(index))
         assert copy[len(index) - 1] == index[len(index) - 1]
-    mixed = opened(layouts["folder"], "DATA.MORE_PATHS", f"[{layouts['zip']}]")
-    assert len(mixed[0]) == 2 * len(opened(layouts["zip"])[0])
+    shutil.rmtree(more)
+    shutil.copytree(layouts["folder"] / "train", more)
+    mixed = opened(layouts["folder"], "DATA.MORE_PATHS", f"[{layouts['zip']}, {more}]")
+    sizes = [len(index) for index in opened(layouts["zip"])[:2]]
+    assert [len(index) for index in mixed[:2]] == [3 * sizes[0], 2 * sizes[1]], "class folders are for training alone"
+    assert mixed[0].read_ahead(0, 1) > 0
+    mixed[0].expect([0, len(mixed[0]) - 1])
+    of_val = open_images(config_of(layouts["folder"], "DATA.MORE_PATHS", f"[{more}]"), training=False)[1]
+    assert len(of_val) == sizes[1]
+
+
+def test_a_share_of_several_folders_is_taken_of_all_together(flat, tmp_path):
+    images = images_of(flat)
+    for name, image in (("one", images[0]), ("two", images[0]), ("six", images[1])):
+        folder = tmp_path / "few" / (images[0].parent.name if name == "one" else "other")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / f"{name}.png")
+    train, val, classes = opened(flat, *SHARE, "DATA.MORE_PATHS", f"[{tmp_path / 'few'}]")
+    assert len(train) + len(val) == len(images) + 3
+    assert "other" in classes
 
 
 # ---- what goes wrong
@@ -223,6 +252,15 @@ def test_the_way_out_is_named(flat, layouts, tmp_path):
     assert f"add --opts DATA.LABELS {table}" in problem(tmp_path / "photos")
     assert "has validation images of its own; leave it at 0" in problem(layouts["zip"], *SHARE)
     assert "has no folder 'train'" in problem(tmp_path / "photos", *SHARE)
+    (tmp_path / "download").mkdir()
+    flat.rename(tmp_path / "download" / "PetImages")
+    for opts in ((), SHARE):
+        assert f"give --data-path {tmp_path}/download/PetImages if its folders are the classes" in (
+            problem(tmp_path / "download", *opts)
+        )
+    for split in ("train", "test"):
+        shutil.copytree(images_of(tmp_path / "download")[0].parent, tmp_path / "kaggle" / split)
+    assert "has no class folders" in problem(tmp_path / "kaggle", *SHARE), "they are no classes"
 
 
 def test_shares_that_leave_nothing(flat):
@@ -247,7 +285,12 @@ def test_tables_with_mistakes(flat, tmp_path):
         ([head, *rows[:3], ("", "x")], "line 5 has no file or no class"),
         ([head, ("alone",)], "line 2 has no file or no class"),
         ([("a", "b", "c")], r"does not tell which of its columns \(a, b, c\) has the file"),
-        ([head], "names no image"),
+        ([head], "names no image; it needs"),
+        ([(*head, "split"), *((*row, "fold 1") for row in rows)], "names no image of the split .*, only of fold 1;"),
+        (
+            [(*head, "split"), *((*row, "train") for row in rows[:-1]), (rows[-1][0], "only in val", "val")],
+            "class 'only in val' of .* is not one of the .* classes of the training data",
+        ),
         ([], "does not tell which of its columns"),
         ([head, *rows], "names no image of val; to evaluate on a fifth of the images add"),
         ([(*head, "split"), *((*row, "val" * (i % 2)) for i, row in enumerate(rows))], "does not tell of .* train or"),
@@ -275,6 +318,7 @@ def test_tables_with_mistakes(flat, tmp_path):
     [
         (("DATA.VAL_LABELS", "x"), "goes with DATA.LABELS"),
         (("DATA.LABEL_COLUMNS", "[a, b]"), "goes with DATA.LABELS"),
+        (("DATA.LABELS", "x", "DATA.VAL_LABELS", "x"), "is DATA.LABELS too"),
         (("DATA.LABELS", "x", "DATA.LABEL_COLUMNS", "[a]"), "must be the names of two columns"),
         (("DATA.LABELS", "x", "DATA.MORE_PATHS", "[y]"), "does not go with DATA.LABELS"),
         (("DATA.LABELS", "x", "DATA.FORMAT", "zip"), "is for files in folders"),

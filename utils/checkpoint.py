@@ -209,17 +209,28 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
     return {"model": weights} | {names[key]: json.loads(value) for key, value in said.items() if key in names}
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def architecture_in(path: Path) -> dict[str, Any]:
+    """Read the ``config.json`` that timm and the Hugging Face hub have beside weights of timm's models.
+
+    Raises:
+        OSError: it is not there.
+        DamagedFile: it is something else.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(config["architecture"], str)
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not what timm writes: it names no architecture") from error
+    return config
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    try:
+        config = architecture_in(folder / "config.json")
     except OSError as error:
         raise DamagedFile(
             f"{folder} is a folder without config.json; expected a checkpoint file, or a folder that timm has written"
         ) from error
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not what timm writes: it names no architecture") from error
     names = [name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
     return {"model": read(folder / (names or FOLDER_WEIGHTS)[0]), "timm": config}
 

@@ -97,6 +97,7 @@ FIELDS = {
     "step": _whole(needed=True),
     "best": Field("a number", lambda value: type(value) in (int, float) and not math.isnan(value), needed=True),
     "evaluated_step": _whole(needed=True),
+    "evaluations_since_best": _whole(),
     # To find out whether it may be carried on
     "config": Field("a text of settings", lambda value: isinstance(value, str), needed=True),
     "images": _whole(1, needed=True),

@@ -78,6 +78,8 @@ def check_data(data: Any, refuse: Refuse) -> None:
     for key, what in {"LABELS": data.LABELS, "VAL_SHARE": data.VAL_SHARE, "MORE_PATHS": data.MORE_PATHS}.items():
         if what and "/" in data.FORMAT:
             refuse(f"DATA.{key}", f"is for folders and archives; DATA.FORMAT {data.FORMAT} has its own ways")
+    if data.LABELS and data.LABELS == data.VAL_LABELS:
+        refuse("DATA.VAL_LABELS", "is DATA.LABELS too; name the table of the validation images")
     if data.LABELS and data.MORE_PATHS:
         refuse("DATA.MORE_PATHS", "does not go with DATA.LABELS; put the folders below one, which may be links")
     if data.LABELS and data.FORMAT not in ("auto", "folder"):
