@@ -32,6 +32,7 @@ from data.files import check_is_file, describe_kinds
 from data.files import find_images as images_below
 from engine.detect import KEYS as KEYS_OF_OBJECTS
 from engine.detect import detect
+from engine.exported import is_exported, load_exported
 from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.segment import KEYS as KEYS_OF_PIXELS
@@ -118,24 +119,28 @@ def named_part(prediction: dict[str, Any]) -> tuple[str, float]:
 
 def show(records: list[dict], task: str, form: str, out: TextIO) -> None:
     """Write them; a table is fitted to the width of a terminal, and elsewhere has tabs between its cells."""
-    sound = [(record["file"], record["predictions"]) for record in records if "predictions" in record]
-    table = Table("file", "class", "other classes", box=None, padding=(0, 2, 0, 0))
+    sound = [record for record in records if "predictions" in record]
+    marked = any("right" in record for record in sound)
+    table = Table("file", "class", *["is"] * marked, "other classes", box=None, padding=(0, 2, 0, 0))
     if form == "json":
         print(json.dumps(records, indent=1, ensure_ascii=False), file=out)
     elif form == "csv":
         lines = csv.writer(out, lineterminator="\n")
-        lines.writerow(["file", "rank", *COLUMNS[task]])
-        for file, named in sound:
-            lines.writerows([*map(harmless, (file, rank, *p.values()))] for rank, p in enumerate(named, start=1))
+        lines.writerow(["file", "rank", *COLUMNS[task], *["truth"] * marked])
+        for record in sound:
+            file, truth = record["file"], [record.get("truth", "")] * marked
+            for rank, prediction in enumerate(record["predictions"], start=1):
+                lines.writerow([*map(harmless, (file, rank, *prediction.values(), *truth))])
     else:
-        for file, named in sound:
-            cells = [
-                printable(x) for x in (file, *(f"{name} {100 * part:.1f} %" for name, part in map(named_part, named)))
-            ]
-            cells += [] if named else ["nothing"]
-            table.add_row(Text(cells[0], overflow="fold"), Text(cells[1], "green"), Text("   ".join(cells[2:]), "dim"))
+        for record in sound:
+            named = [f"{name} {100 * part:.1f} %" for name, part in map(named_part, record["predictions"])]
+            cells = [*map(printable, (record["file"], *(named or ["nothing"])))]
+            truth = [printable(record.get("truth", ""))] * marked
+            colour = "green" if record.get("right", True) else "red"
+            first = Text(cells[0], overflow="fold"), Text(cells[1], colour), *(Text(name, colour) for name in truth)
+            table.add_row(*first, Text("   ".join(cells[2:]), "dim"))
             if not out.isatty():
-                print(*cells, sep="\t", file=out)
+                print(*cells, *truth, sep="\t", file=out)
         if out.isatty():
             Console(file=out).print(table)
 
@@ -178,6 +183,41 @@ def parse(arguments: list[str]) -> Namespace:
     return given
 
 
+def load(given: Namespace, device: torch.device) -> TrainedModel:
+    """The model that the command line names, exported or not."""
+    if not is_exported(given.checkpoint):
+        return load_trained(given.checkpoint, device, given.model, given.image_size, given.weights)
+    if given.image_size or given.model or given.weights != "auto":
+        raise UserError(f"{given.checkpoint} is one network of one size: leave out --image-size, --model and --weights")
+    given.device = "cpu"
+    return load_exported(given.checkpoint)
+
+
+def true_class(path: str, trained: TrainedModel) -> str | None:
+    """The class that an image's folder names, in words; None where it names none."""
+    folder = Path(path).resolve().parent.name
+    for names in (trained.class_ids, trained.classes):
+        if folder in names:
+            return trained.classes[names.index(folder)]
+    return None
+
+
+def mark(record: dict[str, Any], trained: TrainedModel) -> None:
+    """Note in a record whether its first class is the one that the image's folder names."""
+    truth = true_class(record["file"], trained) if record.get("predictions") else None
+    if truth is not None:
+        record |= {"truth": truth, "right": record["predictions"][0]["class"] == truth}
+
+
+def describe_marks(records: list[dict[str, Any]]) -> str:
+    """How many are right; empty where no folder names a class."""
+    marks = [record["right"] for record in records if "right" in record]
+    others = len(records) - len(marks)
+    but = f"; {others:,} are in folders that name no class" if others else ""
+    right = f"{sum(marks):,} of {len(marks):,} are right ({100 * sum(marks) / max(len(marks), 1):.2f} %)"
+    return f"{right}, as their folders are called{but}" if marks else ""
+
+
 def predict_images(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
     given = parse(arguments)
@@ -186,7 +226,7 @@ def predict_images(arguments: list[str]) -> int:
     drawn: list[Card] = []
     for path in filter(None, (given.to, given.sheet)):
         check_writable(path)  # after an hour it would be late to find out
-    trained = load_trained(given.checkpoint, device, given.model, given.image_size, given.weights)
+    trained = load(given, device)
     for line in trained.notes:
         screen.print(Text(printable(line)), soft_wrap=True)
     name = trained.config.MODEL.NAME
@@ -197,7 +237,8 @@ def predict_images(arguments: list[str]) -> int:
         )
     if given.image_size and task != CLASSES:
         raise UserError("--image-size is for classification; TEST.RESIZE of its training says how others see an image")
-    check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
+    if not is_exported(given.checkpoint):
+        check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
     if task == OBJECTS:
         answers = detect(trained, paths, device, given.score, given.overlay, ON_SHEET if given.sheet else 0)
     elif task == PIXELS:
@@ -206,12 +247,17 @@ def predict_images(arguments: list[str]) -> int:
         answers = predict(trained, paths, given)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)
+        if task == CLASSES:
+            mark(record, trained)
         if "error" in record:
             screen.print(Text(printable(f"skipped image {record['file']}: {record['error']}")), soft_wrap=True)
         elif given.sheet and image and len(drawn) < ON_SHEET:
-            drawn.append(Card(record["file"], image, [*map(named_part, record["predictions"])]))
+            named = [*map(named_part, record["predictions"])]
+            drawn.append(Card(record["file"], image, named, record.get("truth", ""), record.get("right")))
     if left_out:
         screen.print(Text(f"left out, being no images: {describe_kinds(left_out)}"), soft_wrap=True)
+    if marks := describe_marks(records):
+        screen.print(Text(printable(marks)), soft_wrap=True)
     sound = sum("predictions" in record for record in records)
     if drawn:
         more = f" ({sound - len(drawn):,} more are left out)" if sound > len(drawn) else ""

@@ -244,10 +244,22 @@ def test_the_run_is_found_without_its_weights(run_main, trained, digits):
     assert "carrying on from" in again.stdout
     new = run_main(*command, "--tag", "b", "--opts", "MODEL.NAME", "crossformer_micro", "DATA.IMG_SIZE", "32")
     assert "starting from random weights" in new.stdout
+    last = trained.results / "checkpoints" / "last.pth"
     resumed = run_main(
-        *command, "--tag", "c", "--resume", trained.results / "checkpoints" / "last.pth", "--force-resume"
+        *TINY_RUN,
+        "--data-path",
+        digits,
+        "--batch-size",
+        "12",
+        "--tag",
+        "c",
+        "--resume",
+        last,
+        "--opts",
+        "TRAIN.EPOCHS",
+        "3",
     )
-    assert "DATA.IMG_SIZE 40" in resumed.stdout
+    assert "DATA.MEAN [0.4, 0.4, 0.4]" in resumed.stdout
 
 
 def test_what_is_followed(trained, weights, tmp_path):

@@ -11,6 +11,7 @@ from utils.drawing import drawable, font_file
 
 PER_ROW = 8
 INK, PALE, STRONG, SOFT, PAPER = "#1f2937", "#f1f4f8", "#8ec5f4", "#d3e6f8", "#eef1f5"
+RIGHT, WRONG = "#2e9e5b", "#d03b3b"
 SIDE, PAD, BAR, BARS = 224, 12, 22, 5
 """Of a card, in pixels: its image, the space around it, and the height of a line or bar; and the most bars."""
 CELL, GAP, LINE = 128, 4, 20
@@ -18,11 +19,16 @@ CELL, GAP, LINE = 128, 4, 20
 
 
 class Card(NamedTuple):
-    """An image, the path of its file, and its classes with their probabilities, the likeliest first."""
+    """An image, the path of its file, and its classes with their probabilities, the likeliest first.
+
+    Where its own class is known: ``truth``, and whether the first answer is ``right``.
+    """
 
     path: str
     image: Image.Image
     answers: list[tuple[str, float]]
+    truth: str = ""
+    right: bool | None = None
 
 
 @cache
@@ -68,8 +74,10 @@ def draw_cards(cards: list[Card], title: str) -> bytes:
     write(draw, PAD, PAD + middle, title, size[0] - 2 * PAD)
     for number, card in enumerate(cards):
         x, y = number % columns * (width + PAD) + 2 * PAD, number // columns * (height + PAD) + BAR + 3 * PAD
-        draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white")
-        write(draw, x, y - 2 + middle, "/".join(Path(card.path).parts[-2:]), SIDE, keep=slice(1, None))
+        edge = None if card.right is None else RIGHT if card.right else WRONG
+        draw.rounded_rectangle((x - PAD, y - PAD, x - PAD + width, y - PAD + height), 8, "white", edge, 3)
+        title = "/".join(Path(card.path).parts[-2:]) + f"  is {card.truth}" * (card.right is False)
+        write(draw, x, y - 2 + middle, title, SIDE, colour=WRONG if card.right is False else INK, keep=slice(1, None))
         paste(sheet, card.image, x, y + BAR, SIDE)
         y += BAR + SIDE + PAD // 2
         for top, (name, probability) in zip(range(y, y + BARS * BAR, BAR), card.answers, strict=False):
