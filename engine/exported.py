@@ -1,6 +1,7 @@
 """Classifiers as scripts/export.py has written them, ONNX or torch.export, to be asked like any other model."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,16 @@ def _onnx(path: str) -> tuple[Callable[[Tensor], Tensor], int | None, dict[str, 
 
 def _torch_export(path: str) -> tuple[Callable[[Tensor], Tensor], int | None, dict[str, Any]]:
     texts: dict[str, Any] = dict.fromkeys(SAID, "")
+    logging.disable(logging.CRITICAL)  # torch tells of a file that it cannot read at length
     try:
         program = torch.export.load(path, extra_files=texts)
-        (images,) = [
-            node.meta["val"] for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
-        ]
+        inputs = program.graph_signature.user_inputs
+        (images,) = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]
         run = program.module()
     except Exception as error:
-        raise UserError(
-            f"{path} is damaged or not of torch.export: torch {torch.__version__} cannot read it"
-        ) from error
+        reason = f"torch {torch.__version__} cannot read it"
+        raise UserError(f"{path} is damaged or not of torch.export: {reason}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     batch = images.shape[0] if isinstance(images.shape[0], int) else None
     return lambda part: run(part.contiguous()), batch, {key: text for key, text in texts.items() if text}

@@ -78,8 +78,10 @@ def test_marks(checkpoint, digits, tmp_path):
     words = ("predict.py", "--device", "cpu", "--checkpoint", checkpoint, *where)
     table = start(*words, "--sheet", tmp_path / "sheet.png", "--top", 1)
     percent = f"{100 * right / len(marked):.2f} %"
-    said = f"{right} of {len(marked)} are right ({percent}), as their folders are called; 1 are in folders that name no class"
-    assert table.stderr.strip() == said
+    said = (
+        f"{right} of {len(marked)} are right ({percent}), as their folders are called; 1 are in folders that name no "
+    )
+    assert table.stderr == f"{said}class\n"
     assert [line.split("\t")[-1] for line in table.stdout.splitlines()] == [r.get("truth", "") for r in records]
     rows = list(csv.DictReader(start(*words, "--format", "csv", "--top", 1).stdout.splitlines()))
     assert [row["truth"] for row in rows] == [record.get("truth", "") for record in records]
