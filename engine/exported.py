@@ -57,9 +57,7 @@ def load_exported(path: str) -> TrainedModel:
         flags=[*((key, value, path) for key, value in settings.items()), ("DATA.IMG_SIZE", size, path)]
     )
     if config.TASK != CLASSES:
-        raise UserError(
-            f"{path} is for {config.TASK}, whose images are of any size; give the checkpoint it was made of"
-        )
+        raise UserError(f"{path} is for {config.TASK} and takes one size; give the checkpoint that it was made of")
     return TrainedModel(Graph(run, batch), config, classes, ids, {}, [])
 
 

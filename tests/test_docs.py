@@ -95,6 +95,7 @@ def place(tmp_path_factory) -> Path:
     for name in ("nuclei_objects", "my_objects", "coco"):
         write_coco(root / name)
     write_voc(root / "my_voc")
+    (root / "args.yaml").write_text("model: crossformer_micro\nlr: 0.001\nepochs: 30\nopt: adamw\n")
     (root / "my.yaml").write_text("BASE: configs/base.yaml\nTRAIN:\n  EMA_DECAY: 0.9999\n")
     for name in ("crossformer-s.pth", "crossformer-b.pth"):
         torch.save({"model": timm.create_model("crossformer_micro", num_classes=10).state_dict()}, root / name)

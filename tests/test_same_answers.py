@@ -96,19 +96,23 @@ def test_prediction_sees_what_evaluation_sees(data, tmp_path, name):
     assert result["top1"] == top1
     assert result["loss"] == pytest.approx(loss, rel=1e-4)
     if name != "as published":  # or the settings would be none
-        plain = evaluated(tmp_path, data, file, *TEST_SETTINGS["as published"].split())
+        published = TEST_SETTINGS["as published"]
+        plain = evaluated(tmp_path, data, checkpoint(tmp_path / "plain.pth", published), *published.split())
         assert plain["loss"] != pytest.approx(result["loss"], rel=1e-4)
 
 
 def test_another_preparation_than_in_training_is_said(data, tmp_path, capsys):
     file = checkpoint(tmp_path / "best.pth", "DATA.UPRIGHT True TEST.VIEWS flip")
-    evaluated(tmp_path, data, file)
+    evaluated(tmp_path, data, file, "DATA.UPRIGHT", "False")
     out = capsys.readouterr().out
     assert "prepared otherwise than" in out
+    assert "; as was asked for: " in out
     assert "DATA.UPRIGHT False (there True), TEST.VIEWS none (there flip)" in out
     assert "EXIF says of 30 of 63 images" in out
-    evaluated(tmp_path, data, file, "DATA.UPRIGHT", "True", "TEST.VIEWS", "flip")
-    assert "otherwise" not in capsys.readouterr().out
+    evaluated(tmp_path, data, file, "TEST.VIEWS", "flip")
+    out = capsys.readouterr().out
+    assert "otherwise" not in out
+    assert "DATA.UPRIGHT True" in out, "as the checkpoint says"
 
 
 # ---- The order of the classes
