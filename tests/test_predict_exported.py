@@ -22,10 +22,11 @@ RED, GREEN = (208, 59, 59), (46, 158, 91)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    model = timm.create_model("crossformer_micro", num_classes=10)
+    model = timm.create_model("crossformer_micro", num_classes=10, depths=(1, 1, 1, 1))
     torch.nn.init.normal_(model.head.weight, std=0.3)
     path = tmp_path_factory.mktemp("checkpoint") / "best.pth"
-    config = build_config("configs/micro.yaml", flags=[("MODEL.DROP_PATH_RATE", 0.0, "")]).dump()
+    shallow = [("MODEL.CROSSFORMER.DEPTHS", [1, 1, 1, 1], "")]
+    config = build_config("configs/micro.yaml", flags=[("MODEL.DROP_PATH_RATE", 0.0, ""), *shallow]).dump()
     torch.save({"model": model.state_dict(), "config": config, "classes": list("0123456789")}, path)
     return path
 

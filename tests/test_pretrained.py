@@ -89,6 +89,24 @@ def test_weights_of_the_hub_and_then_of_its_cache(run_main, digits, weights, tmp
     how = {"fresh": True, "HF_HOME": str(tmp_path / "cache")}
     with serving(tmp_path / "hub") as address:
         done = run_main(*command, **how, HF_ENDPOINT=address)
+    folder = tmp_path / "cache" / "hub" / "models--timm--test_vit.mine" / "snapshots" / ("0" * 40)
+    assert (
+        f"as {folder} says: DATA.IMG_SIZE 48, DATA.INTERPOLATION bilinear, DATA.MEAN [0.5, 0.5, 0.5], DATA.STD "
+        "[0.25, 0.25, 0.25], TEST.CROP True, TEST.CROP_PCT 0.9, MODEL.NAME test_vit\n"
+    ) in done.stdout
+    assert f"starting from {folder}: {len(weights)} weights matched, the head too" in done.stdout
+    trained = torch.load(tmp_path / "output/test_vit/run/checkpoints/last.pth", weights_only=True)["model"]
+    assert all(torch.equal(value, weights[key]) for key, value in trained.items())
+    again = run_main(*command, "--tag", "again", **how, HF_ENDPOINT=address)  # nobody answers there any more
+    assert "the head too" in again.stdout
+
+
+@pytest.mark.slow  # each in a process of its own
+def test_models_of_the_hub_that_cannot_be_had(run_main, digits, weights, tmp_path):
+    as_folder(tmp_path / "hub" / "timm" / "test_vit.mine", weights)
+    command = (*FINETUNE, "--data-path", digits)
+    how = {"fresh": True, "HF_HOME": str(tmp_path / "cache")}
+    with serving(tmp_path / "hub") as address:
         for name, says in (("empty", None), ("other", {"model_type": "bert"})):
             (tmp_path / "hub" / "them" / name).mkdir(parents=True)
             if says:
@@ -98,21 +116,11 @@ def test_weights_of_the_hub_and_then_of_its_cache(run_main, digits, weights, tmp
             for name in ("empty", "other")
         ]
         unknown = run_main(*command, "--pretrained", "hf-hub:nobody/nothing", **how, HF_ENDPOINT=address, ok=False)
-    folder = tmp_path / "cache" / "hub" / "models--timm--test_vit.mine" / "snapshots" / ("0" * 40)
-    assert (
-        f"as {folder} says: DATA.IMG_SIZE 48, DATA.INTERPOLATION bilinear, DATA.MEAN [0.5, 0.5, 0.5], DATA.STD "
-        "[0.25, 0.25, 0.25], TEST.CROP True, TEST.CROP_PCT 0.9, MODEL.NAME test_vit\n"
-    ) in done.stdout
-    assert f"starting from {folder}: {len(weights)} weights matched, the head too" in done.stdout
-    trained = torch.load(tmp_path / "output/test_vit/run/checkpoints/last.pth", weights_only=True)["model"]
-    assert all(torch.equal(value, weights[key]) for key, value in trained.items())
     assert "them/empty has no config.json, so it is no model of timm's" in others[0]
     assert "config.json is not what timm writes: it names no architecture" in others[1]
     assert (unknown.status, unknown.error.strip()) == (
         2, "error: nobody/nothing: the hub has no such model, or not for you (log in with: hf auth login)",
     )  # fmt: skip
-    again = run_main(*command, "--tag", "again", **how, HF_ENDPOINT=address)  # nobody answers there any more
-    assert "the head too" in again.stdout
     gone = run_main(*command, "--pretrained", "timm/other", **how, HF_HUB_OFFLINE="1", ok=False)
     assert gone.status == 2
     assert gone.error.strip() == (

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import TINY_RUN
 from runs import RANDOM, Run, assert_same_run, checkpoint, undisturbed_run
 
@@ -29,6 +30,7 @@ def test_a_run_that_has_stalled_ends_at_the_same_step(tmp_path, digits):
     assert "stopped early after step 36: 5 evaluations" in more
 
 
+@pytest.mark.slow  # the run above draws and weighs so too
 def test_balanced_drawing_and_weights_carry_on_exactly(tmp_path, digits):
     flags = (*TINY_RUN, *RANDOM, "TRAIN.EPOCHS", "4", "--data-path", digits, "--batch-size", "12", "--opts")
     flags += ("DATA.SAMPLER", "balanced", "TRAIN.CLASS_WEIGHTS", "balanced", "DATA.NUM_WORKERS", "1")
