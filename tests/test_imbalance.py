@@ -33,7 +33,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
     assert order(2) == order(2)
     assert len({tuple(order(epoch)) for epoch in range(4)} | {tuple(order(0, seed=4))}) == 5
-    assert order(0)[:8] == [66, 21, 50, 77, 40, 61, 79, 55] or order(0)[:8]  # the stream of numpy's older generator
+    assert order(0)[:8] == [77, 5, 75, 52, 4, 57, 56, 78], "the stream of numpy's older generator"
 
 
 def test_ranks_share_the_order():
