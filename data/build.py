@@ -44,9 +44,11 @@ def build_train_loader(
         UserError: there are too few images for one step.
     """
     work = config.DATA.BATCH_SIZE, config.TRAIN.ACCUMULATION_STEPS, rank(), world_size(), config.SEED
-    batches = TrainBatches(len(index), *work)
-    if config.DATA.SAMPLER == "balanced":
-        batches = BalancedTrainBatches(labels_of(index, "DATA.SAMPLER balanced"), *work)
+    batches = (
+        BalancedTrainBatches(labels_of(index, "DATA.SAMPLER balanced"), *work)
+        if config.DATA.SAMPLER == "balanced"
+        else TrainBatches(len(index), *work)
+    )
     if batches.steps_per_epoch and groups is not None:
         batches = GroupedTrainBatches(groups, *work)
         check_groups(config, batches)

@@ -84,8 +84,8 @@ class BalancedTrainBatches(TrainBatches):
         for images in self.images:
             times = -(-rounds // len(images))
             of_classes.append(np.concatenate([generator.permutation(images) for _ in range(times)])[:rounds])
-        turns = [generator.permutation(len(self.images)) for _ in range(rounds)]
-        return np.concatenate([[of_classes[label][i] for label in turn] for i, turn in enumerate(turns)])[: self.size]
+        turns = np.stack([generator.permutation(len(self.images)) for _ in range(rounds)])
+        return np.stack(of_classes)[turns, np.arange(rounds)[:, None]].ravel()[: self.size]
 
 
 class GroupedTrainBatches(TrainBatches):

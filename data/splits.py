@@ -4,11 +4,12 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data.files import find_images, folders_above, is_image, list_folder
+from data.files import Ids, find_images, folders_above, is_image, list_folder
 from data.folder import FolderLayout
 from data.index import ImageIndex, Layout, folder_of_mine, open_index
 from data.labels import TRAIN, UNSAID, VAL, LabelledLayout
@@ -23,6 +24,8 @@ from utils.surroundings import expanded
 EXPECTED_IMAGES = "train/CLASS/*.jpg (see docs/data.md)"
 SET_APART = "to evaluate on a fifth of {of} add --opts DATA.VAL_SHARE 0.2"
 NAMED = 3
+OF_SPLITS = {"test", *(name for names in SPLITS.values() for name in names)}
+"""Names of folders that are splits and no classes."""
 
 Splits = tuple[ImageIndex | None, ImageIndex, list[str]]
 """The training images (None where nobody asked for them), the validation images, and the classes."""
@@ -153,22 +156,29 @@ def _with_way_out(absent: UserError, root: Path, train: Layout | None) -> UserEr
 
 def _class_folders(root: Path) -> tuple[list[str], list[str]]:
     """List the folders in ``root`` that hold images, if not all are splits; and those that hold some deeper down."""
-    of_splits = {"test", *(name for names in SPLITS.values() for name in names)}
     inside = list_folder(root, folders_above(root))
     direct: list[str] = []
     deeper: list[str] = []
     for name in sorted(inside.folders):
-        files = list_folder(root / name, inside.within).files
-        if any(map(is_image, files)):
+        if _holds_images(root / name, inside.within):
             direct.append(name)
-        elif name not in of_splits and find_images(root / name, inside.within).images:
+        elif name not in OF_SPLITS and find_images(root / name, inside.within).images:
             deeper.append(name)
-    return [] if of_splits.issuperset(direct) else direct, deeper
+    return [] if OF_SPLITS.issuperset(direct) else direct, deeper
 
 
 def _is_flat(config, root: Path) -> bool:
-    """Tell whether the folders in ``root`` are the classes: several hold images themselves."""
-    return config.DATA.FORMAT in ("auto", "folder") and len(_class_folders(root)[0]) > 1
+    """Tell whether the folders in ``root`` are the classes: several hold images themselves, and not all are splits."""
+    if config.DATA.FORMAT not in ("auto", "folder"):
+        return False
+    inside = list_folder(root, folders_above(root))
+    direct = (name for name in sorted(inside.folders) if _holds_images(root / name, inside.within))
+    first = [*islice(direct, len(OF_SPLITS) + 1)]  # enough to see, and there may be thousands
+    return len(first) > 1 and not OF_SPLITS.issuperset(first)
+
+
+def _holds_images(folder: Path, within: Ids) -> bool:
+    return any(map(is_image, list_folder(folder, within).files))
 
 
 def _only_layout(config, key: str, path: str) -> Layout:

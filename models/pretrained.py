@@ -111,7 +111,7 @@ def _from_hub(model: str) -> str:
     except UserError:
         raise
     except Exception as error:  # the libraries below have errors of their own for proxies and broken transfers
-        raise UserError(f"{model} cannot be fetched: {_first_line(error)}; {elsewhere}") from error
+        raise UserError(f"{model} cannot be fetched: {reason_of(error)}; {elsewhere}") from error
 
 
 def _files_of(repository: str, revision: str, local_files_only: bool = False) -> str:
@@ -175,16 +175,11 @@ def _download(url: str) -> str:
             raise ValueError(f"its name says that its SHA-256 begins with {expected[1]}, and it does not")
         os.replace(temporary, path)
     except (OSError, ValueError, HTTPException) as error:
-        reason = _first_line(getattr(error, "reason", error))
+        reason = getattr(error, "reason", error)  # urllib's errors hold another, or words
+        reason = reason_of(reason) if isinstance(reason, BaseException) else reason
         raise UserError(
             f"{url} cannot be fetched: {reason}; fetch it where there is a network and put it to {path}"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return str(path)
-
-
-def _first_line(error: object) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return reason_of(error)
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -112,6 +112,7 @@ def test_pictures_in_tensorboard(trained):
     assert [event.step for event in events.Images("model/images")] == [3, 6]
 
 
+@pytest.mark.slow  # test_segmentation.py has another
 def test_two_processes_train_as_one(objects, tmp_path):
     """2 x 2 images make the step of 1 x 4, all padded to one size; the heads take every proposal, nothing is drawn."""
     terms = []

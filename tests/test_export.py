@@ -146,10 +146,11 @@ print(json.dumps([said["classes"], said["class_ids"], files, [x.tolist() for x i
 """
 
 
+@pytest.mark.slow  # test_predict_exported.py has one that answers as its model
 @pytest.mark.parametrize(
     "preparation",
     [
-        pytest.param({"TEST.CROP": False}, marks=pytest.mark.slow),
+        {"TEST.CROP": False},
         {"TEST.CROP": True, "TEST.CROP_PCT": 0.8, "DATA.IMG_SIZE": [32, 48], "DATA.INTERPOLATION": "bilinear"},
     ],
 )

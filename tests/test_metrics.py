@@ -156,6 +156,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path, digits, capsys):
     assert "report_model cannot be written: File exists; choose another --output" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_labels_for_an_image(tmp_path, imagenet, weights):
     labels = RealLabelsImagenet(range(50_000)).real_labels
     logits, _ = logits_of(model_of(1000), imagenet)

@@ -88,12 +88,9 @@ def compiled_equals_eager(name: str, backend: str, selective: bool = False, **ar
         torch.testing.assert_close(results[1][2][parameter], gradient, rtol=0, atol=allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "selective", "depths"),
-    [
-        ("crossformer_micro", True, (1, 1)),
-        pytest.param("crossformerpp_small", False, (1, 4), marks=pytest.mark.slow),
-    ],
+    ("name", "selective", "depths"), [("crossformer_micro", True, (1, 1)), ("crossformerpp_small", False, (1, 4))]
 )
 def test_a_graph_without_a_break(name, selective, depths):
     """As far as the backend, which is the part of torch.compile that takes minutes; with an amplitude cooling layer."""

@@ -83,7 +83,7 @@ def as_folder(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
-def test_weights_of_the_hub_and_then_of_its_cache(run_main, digits, weights, tmp_path):
+def test_weights_of_the_hub(run_main, digits, weights, tmp_path):
     as_folder(tmp_path / "hub" / "timm" / "test_vit.mine", weights)
     command = (*FINETUNE, "--data-path", digits, "--pretrained", "timm/test_vit.mine")
     how = {"fresh": True, "HF_HOME": str(tmp_path / "cache")}
@@ -97,6 +97,15 @@ def test_weights_of_the_hub_and_then_of_its_cache(run_main, digits, weights, tmp
     assert f"starting from {folder}: {len(weights)} weights matched, the head too" in done.stdout
     trained = torch.load(tmp_path / "output/test_vit/run/checkpoints/last.pth", weights_only=True)["model"]
     assert all(torch.equal(value, weights[key]) for key, value in trained.items())
+
+
+@pytest.mark.slow  # each in a process of its own
+def test_weights_of_the_cache_alone(run_main, digits, weights, tmp_path):
+    as_folder(tmp_path / "hub" / "timm" / "test_vit.mine", weights)
+    command = (*FINETUNE, "--data-path", digits, "--pretrained", "timm/test_vit.mine")
+    how = {"fresh": True, "HF_HOME": str(tmp_path / "cache")}
+    with serving(tmp_path / "hub") as address:
+        run_main(*command, **how, HF_ENDPOINT=address)
     again = run_main(*command, "--tag", "again", **how, HF_ENDPOINT=address)  # nobody answers there any more
     assert "the head too" in again.stdout
 

@@ -267,6 +267,7 @@ def test_a_failed_evaluation_costs_no_step_and_is_made_up_for(run_main, digits, 
     assert [event["epoch"] for event in again.events("eval")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_on_several_ranks(run_main, digits):
     """Only rank 0 looks for them; the others must not wait for it when it finds none that is whole."""
     flags = (*TINY_RUN, "--data-path", digits, "--batch-size", "6")

@@ -30,7 +30,7 @@ def remove_temporaries(*folders: Path) -> None:
 
 def reason_of(error: BaseException) -> str:
     """An error's reason in a few words."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def sync_folder(folder: Path) -> None:

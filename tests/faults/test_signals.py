@@ -165,7 +165,7 @@ def stop_and_carry_on(tmp_path, digits, undisturbed, number, target, phase, work
 QUICK = [
     (signal.SIGTERM, "group", "training", 2),
     (signal.SIGUSR1, "process", "index", 0),
-    (signal.SIGINT, "launch.py", "waiting", 0),
+    (signal.SIGINT, "process", "waiting", 0),
 ]
 """A few; of SIGHUP test_a_terminal_that_is_closed tells."""
 
