@@ -43,7 +43,7 @@ class WholeImage:
 
     def __call__(self, ask: Ask, image: Tensor, size: tuple[int, ...]) -> Tensor:
         """Give the logits ``(classes, *size)`` of an image ``(3, H, W)``, float on the device."""
-        views = list(self._views(image))
+        views = list(self.views(image))
         if len(views) == 1:
             return resize(self._logits(ask, views[0][0]), size)[0]
         mean = torch.zeros(())
@@ -57,7 +57,7 @@ class WholeImage:
 
         Of a single view a few classes are resized at a time: those of all would take gigabytes of a large photograph.
         """
-        views = list(self._views(image))
+        views = list(self.views(image))
         if len(views) > 1:
             return self(ask, image, size).argmax(dim=0)
         logits = self._logits(ask, views[0][0])
@@ -68,7 +68,7 @@ class WholeImage:
             best = torch.maximum(best, value)
         return answers
 
-    def _views(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    def views(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Yield what the model is to see, ``(1, 3, h, w)``, and whether it is mirrored."""
         for scale in self.scales:
             sides = brought_within(*image.shape[1:], *(scale * bound for bound in self.bounds))

@@ -85,6 +85,7 @@ def place(tmp_path_factory) -> Path:
     shutil.copytree(root / "imagenet" / "val" / "0", root / "my_photos")
     shutil.copytree(root / "imagenet" / "train", root / "flat")
     images = sorted((root / "imagenet").glob("*/*/*.png"))
+    shutil.copy(images[0], root / "a_digit.png")
     (root / "labels.csv").write_text("\n".join(f"{image},{image.parent.name}" for image in images))
     shutil.copy(next((root / "my_photos").iterdir()), root / "photo.jpg")
     shutil.copy(next((root / "my_photos").iterdir()), root / "image.png")
@@ -129,6 +130,7 @@ def in_place(words: list[str], place: Path) -> list[str]:
     nuclei = "nuclei_objects" if any(map(OF_DETECTION.search, words)) else "nuclei"
     absolute |= {f"examples/nuclei{below}": f"{nuclei}{below}" for below in ("", "/images/val")}
     absolute |= {"/coco": "coco", "/bccd": "coco", "/nuclei": "coco"}
+    absolute |= {"quickstart/digits/val/0/0000.png": "a_digit.png"}
     absolute |= {"/shards": "shards", "/zipped": "zipped", "/the/disk/of/the/run": "disk"}
     absolute |= {"OUTPUT/MODEL.NAME/TAG": "quickstart/crossformer_micro/digits"}
     absolute |= {"s3://bucket/imagenet": "bucket"}  # test_remote.py has a real one
