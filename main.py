@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from config import Config, build_config
+from utils.bar import bar
 from utils.command import Parser
 from utils.errors import UserError, did_you_mean
 from utils.launchers import is_torchrun, understand_launcher
@@ -116,6 +117,8 @@ def run(arguments: list[str]) -> int:
     understand_launcher()
     try:
         config, mode = parse(arguments)
+        if int(os.environ.get("RANK", 0)) == 0:
+            bar.start("loading PyTorch")
     except UserError as error:
         from utils import distributed
 
@@ -196,6 +199,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 def explain(error: BaseException) -> int:
     """Say why it has ended; returns the exit status."""
+    bar.stop()
     match error:
         case SystemExit():  # --help, --settings
             return error.code if isinstance(error.code, int) else 0

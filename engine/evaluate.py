@@ -16,6 +16,7 @@ from engine.resume import read_on_main
 from models import load_weights
 from tasks import Evaluator, Task, build_task
 from utils import checkpoint
+from utils.bar import bar
 from utils.compat import is_compiled
 from utils.distributed import agreement, count_over_ranks
 from utils.errors import UserError
@@ -39,6 +40,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision, evaluat
     ask = for_any_batch(model, loader)
     samples = 0
     for batch in loader:
+        bar.doing("evaluating", f"{100 * samples // max(len(loader.batches.mine), 1)} %")
         with precision.autocast():
             evaluator.add(ask, batch)
         samples += len(batch.images)
@@ -80,6 +82,7 @@ def run_evaluation(config: Config, device: torch.device, choose_task: Callable[.
         if config.MODEL.WEIGHTS != "auto":
             candidates = dict([checkpoint.choose(candidates, config.MODEL.WEIGHTS, path)])
         facts = facts_of(content, path)
+        bar.doing("looking through the data")
         loader, lines = task.eval_loader(content, next(iter(candidates.values())), path)
         model = prepare_model(config, task.model, device)
         check_image_size(model, config.DATA.IMG_SIZE, device)

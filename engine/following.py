@@ -10,6 +10,7 @@ from models.pretrained import locate
 from models.weights import variant_of
 from tasks.trained import describe_following, followed, settings_of
 from utils import checkpoint
+from utils.bar import bar
 from utils.distributed import agreement, from_main, is_main
 from utils.errors import UserError
 from utils.settings import Given
@@ -29,6 +30,7 @@ def follow_weights(config: Config, rebuild: Callable[[list[Given]], Config]) -> 
     given: list[Given] = []
     with agreement():
         if is_main():
+            bar.doing("looking at the weights")
             given = settings_to_follow(config, config.MODEL.PRETRAINED or config.MODEL.RESUME)
     given = from_main(given)
     if not given:

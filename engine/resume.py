@@ -11,6 +11,7 @@ from lr_scheduler import Schedule, total_steps
 from models.pretrained import locate
 from tasks import Task
 from utils import checkpoint
+from utils.bar import bar
 from utils.distributed import agreement, from_main, is_main
 from utils.errors import UserError
 
@@ -56,6 +57,7 @@ def read_on_main(source: str, name: str) -> tuple[str, dict[str, Any]]:
     found = None
     with agreement():
         if is_main():
+            bar.doing("reading the checkpoint")
             path = locate(source, name)
             found = path, checkpoint.read(path)
     return from_main(found)

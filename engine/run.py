@@ -20,6 +20,7 @@ from engine.stopping import PATIENCE_SECONDS, StopRequest
 from lr_scheduler import Schedule, total_steps
 from tasks import Loaders, Task
 from utils import parallel
+from utils.bar import bar
 from utils.contact_sheet import PER_ROW, draw_rows
 from utils.distributed import AgreedError, count_over_ranks, is_main, largest_over_ranks
 from utils.errors import UserError
@@ -118,7 +119,8 @@ class Run:
     def batches(self) -> Iterator[Batch]:
         """Yield the micro-batches from the next step on; the time spent waiting for each is noted."""
         batches = self.loader.micro_batches(self.state.step, self.total_steps)
-        first = self.state.step == 0 and is_main()
+        first, to_show = True, self.state.step == 0 and is_main()
+        bar.doing("waiting for the first batch")
         while True:
             start = time.perf_counter()
             self.watchdog.doing("loading data")
@@ -127,9 +129,11 @@ class Run:
             if batch is None:
                 return
             self.stopwatch.waited(time.perf_counter() - start)
-            if first:
+            if to_show:
                 self._show(batch)
-                first = False
+            if first:
+                bar.doing("compiling the network" if self.config.TRAIN.COMPILE != "none" else "taking the first step")
+            first = to_show = False
             yield batch
 
     def _show(self, batch: Batch) -> None:

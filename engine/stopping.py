@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from utils.bar import bar
 from utils.distributed import is_main
 from utils.errors import UserError
 from utils.launchers import is_torchrun
@@ -188,6 +189,7 @@ class StopRequest:
         """End the process at once, after a line that says why."""
         threading.Timer(PATIENCE_SECONDS, os._exit, [status]).start()  # who should read the line may be stuck too
         try:
+            bar.stop()
             if text:
                 self.say(text)
         finally:

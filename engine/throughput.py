@@ -21,6 +21,7 @@ from engine.step import TrainStep
 from models import left_out
 from optimizer import build_optimizer
 from tasks import build_task
+from utils.bar import bar
 from utils.distributed import world_size
 from utils.errors import UserError
 from utils.image_size import height_and_width
@@ -92,6 +93,7 @@ def run_throughput(config: Config, device: torch.device) -> dict:
     loops = (("forward", forward, False, gmac), ("training_step", training_step, True, TRAIN_STEP_MACS * training_gmac))
     for name, run, training, work in loops:
         model.train(training)
+        bar.doing(f"timing the {name.replace('_', ' ')}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         milliseconds = time_repeatedly(run)
@@ -102,6 +104,7 @@ def run_throughput(config: Config, device: torch.device) -> dict:
             "tflops": none_if_unknown(2 * work * batch_size / median),  # GMAC / ms is TMAC / s
             "peak_memory_bytes": peak_memory_bytes(device),
         }
+    bar.stop()
     print_table(result)
     log.append("throughput.json", json.dumps(result))
     with log:

@@ -30,6 +30,7 @@ from models import left_out
 from optimizer import build_optimizer
 from tasks import Task, build_task
 from utils import parallel
+from utils.bar import bar
 from utils.bulletin import Bulletin
 from utils.distributed import AgreedError, agreement, describe_hosts, from_main, is_main, rank, world_size
 from utils.errors import UserError
@@ -68,7 +69,9 @@ def train_in_folder(
     unshared = check_shared(output_dir(config))
     with agreement():
         task = choose_task(config, device)
+        bar.doing("looking through the data")
         loaders = task.train_loaders()
+        bar.doing("building the network")
         precision = choose_precision(config, device)
         model = prepare_model(config, task.model, device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)

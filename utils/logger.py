@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from utils.bar import Fact, bar, share_done
 from utils.distributed import is_main, world_size
 from utils.errors import UserError
 from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
@@ -62,7 +61,8 @@ class RunLog:
         self.unwritten = Unwritten(self.message if is_main() else print)
         self._start = time.perf_counter()
         self._lock = lock or Lock(folder)
-        self._wandb = self._bar = None
+        self._wandb = None
+        self._facts: list[Fact] = []
         self._growing: dict[str, Any] = {}  # Appenders; "tensorboard" is an EventFile
         self._whole: list[WholeFile] = []
         if not is_main():
@@ -96,10 +96,6 @@ class RunLog:
                 from utils.wandb_run import start_wandb
 
                 self._wandb = start_wandb(folder, config, first_step, self.keep_whole)
-            if sys.stdout.isatty():
-                self._bar = _progress_bar()
-                self._task = self._bar.add_task("starting", total=total_steps, completed=first_step, facts="")
-                self._bar.start()
         self.keep_whole("config.yaml" if mode == "train" else f"config_{mode}.yaml", config.dump())
 
     def __enter__(self) -> "RunLog":
@@ -138,30 +134,31 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """``step`` steps are done. Moves the bar; does not wait for the device."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        bar.show([*share_done(step, self.total_steps, "steps"), *self._facts])
 
     def train(self, step: int, values: dict[str, Any], terms: Sequence[str] = ()) -> None:
         """Log the means since the last line; ``terms`` names those that the loss is made of."""
         if not is_main():
             return
         self._add_metrics({"event": "train", "step": step, **values})
-        left = (time.perf_counter() - self._start) / (step - self.first_step) * (self.total_steps - step)
-        skipped = f"  {values['skipped_images']:,} images skipped" if values["skipped_images"] else ""
-        skipped += f"  {values['skipped_steps']:,} steps skipped" if values["skipped_steps"] else ""
-        made_of = "".join(f"  {name} {values[name]:.4f}" for name in terms)
-        facts = (
-            f"loss {values['loss']:.4f}{made_of}  lr {values['lr']:.2e}  grad {values['grad_norm']:.2f}  "
-            f"{values['images_per_second']:,.0f} images/s  data wait {100 * values['data_wait']:.1f} %  "
-            f"{values['memory_bytes'] / 1e9:.1f} GB{skipped}"
-        )
-        epoch = f"epoch {values['epoch']:>{len(str(self.epochs))}}/{self.epochs}"
-        line = f"{epoch}  step {step:,}/{self.total_steps:,}  {facts}  {timedelta(seconds=round(left))} left"
-        if self._bar:
-            self._bar.update(self._task, description=epoch, facts=facts)
-            self._note(line)
-        else:
-            self._say(line)
+        seconds = (time.perf_counter() - self._start) / (step - self.first_step) * (self.total_steps - step)
+        facts = [
+            Fact(f"loss {values['loss']:.4f}", 2),
+            *(Fact(f"{name} {values[name]:.4f}", 7) for name in terms),
+            Fact(f"lr {values['lr']:.2e}", 8),
+            Fact(f"grad {values['grad_norm']:.2f}", 10),
+            Fact(f"{values['images_per_second']:,.0f} images/s", 5),
+            Fact(f"data wait {100 * values['data_wait']:.1f} %", 6),
+            Fact(f"{values['memory_bytes'] / 1e9:.1f} GB", 9),
+        ]
+        skipped = {"images": values["skipped_images"], "steps": values["skipped_steps"]}
+        facts += [Fact(f"{count:,} {what} skipped", 2) for what, count in skipped.items() if count]
+        epoch = Fact(f"epoch {values['epoch']:>{len(str(self.epochs))}}/{self.epochs}", 4)
+        left = Fact(f"{timedelta(seconds=round(seconds))} left", 1)
+        self._facts = [epoch, *facts, left]
+        self.advance(step)
+        line = "  ".join(fact.text for fact in (epoch, Fact(f"step {step:,}/{self.total_steps:,}", 0), *facts, left))
+        (self._note if bar.is_live else self._say)(line)
 
     def evaluation(self, values: dict[str, Any], text: str, **more: Any) -> None:
         """Log the result of an evaluation; ``text`` goes to the person, ``more`` to metrics.jsonl."""
@@ -178,21 +175,15 @@ class RunLog:
             self._growing["tensorboard"].pictures(pictures, step)
 
     def close(self) -> None:
-        """Finish the bar, and what is not written yet."""
-        if self._bar:
-            with suppress(OSError):
-                self._bar.stop()
+        """Remove the bar, and finish what is not written yet."""
+        bar.stop()
         self.owed()
         if self._wandb:
             self._wandb.finish()
 
     def _say(self, text: str) -> None:
         text = printable(text)  # the name of a file or class may hold anything
-        with suppress(OSError):  # a terminal that was closed is nobody's loss: log.txt has the line
-            if self._bar:
-                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-            else:
-                print(text, flush=True)
+        bar.say(text)
         self._note(text)
 
     def _note(self, text: str) -> None:
@@ -282,19 +273,3 @@ def mend_last_line(path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":
             file.write(b"\n")
-
-
-def _progress_bar():
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    facts = Column(ratio=1, overflow="fold")  # wraps on a narrow terminal, so that nothing is cut off
-    return Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=10),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[facts]}", table_column=facts),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        expand=True,
-    )

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from utils.bar import Fact, bar, share_done
 
 SECONDS_BETWEEN_LINES = 30
 
@@ -19,19 +18,19 @@ def with_progress(parts: Iterable[Part], title: str, total: int, size: Callable[
 
     Each has ``size(part)`` images, and all together have ``total``.
     """
-    live = Console().is_terminal
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}")
+    bar.start(title)
     began, said, done = time.perf_counter(), -math.inf, 0
-    with Progress(*columns, disable=not live) as bar:
-        task = bar.add_task(title, total=total, facts="")
+    try:
         for part in parts:
             done += size(part)
             now = time.perf_counter()
-            rate = done / (now - began)
-            left = timedelta(seconds=round((total - done) / rate))
-            facts = f"{done:,}/{total:,} images  {rate:,.0f} images/s  {left} left"
-            bar.update(task, completed=done, facts=facts)
-            if not live and (done == total or now - said > SECONDS_BETWEEN_LINES):
+            speed = f"{done / (now - began):,.0f} images/s"
+            left = f"{timedelta(seconds=round((total - done) * (now - began) / max(done, 1)))} left"
+            if bar.is_live:
+                bar.show([Fact(title, 1), *share_done(done, total, "images"), Fact(speed, 4), Fact(left, 2)])
+            elif done == total or now - said > SECONDS_BETWEEN_LINES:
                 said = now
-                print(f"{title}  {facts}", flush=True)
+                print(f"{title}  {done:,}/{total:,} images  {speed}  {left}", flush=True)
             yield part
+    finally:
+        bar.stop()
