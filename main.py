@@ -49,6 +49,9 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Flags that stand for a setting each, and how they are read."""
 
+MODES = {"eval": "evaluate", "throughput": "throughput", "find_lr": "find_lr"}
+"""Flags that ask for something else than training, and the module of ``engine`` that does it."""
+
 SECONDS_FOR_RANK_0_TO_SPEAK = 5
 """torchrun ends all processes as soon as one has failed, so the silent ones wait."""
 
@@ -76,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--settings", metavar="WORD", nargs="?", const="", action=Settings, help="print what can be set")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate the checkpoint --resume FILE instead of training")
+    mode.add_argument("--find-lr", action="store_true", help="try learning rates for a few steps and suggest one")
     mode.add_argument("--throughput", action="store_true", help="time the model on synthetic images; needs no data")
 
     p.add_argument(
@@ -87,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: list[str], followed: Sequence[Given] = ()) -> tuple[Config, str]:
-    """The config and the mode (``train``, ``evaluate`` or ``throughput``) that the command line asks for.
+    """The config and the mode (``train``, or one of MODES) that the command line asks for.
 
     What it leaves open is as in ``followed``.
     """
@@ -97,7 +101,7 @@ def parse(arguments: list[str], followed: Sequence[Given] = ()) -> tuple[Config,
         flags = re.findall(r"--[a-z][\w-]*", p.format_help())
         raise UserError(f"unknown flag {unknown[0]}{did_you_mean(unknown[0].split('=')[0], flags)}")
     given = vars(known)
-    mode = "evaluate" if given.pop("eval", False) else "throughput" if given.pop("throughput", False) else "train"
+    mode = next((mode for name, mode in MODES.items() if given.pop(name, False)), "train")
     cfg_file, opts = given.pop("cfg", ""), given.pop("opts", [])
     level = given.pop("amp_opt_level", None)
     if level == "O0":
@@ -108,7 +112,18 @@ def parse(arguments: list[str], followed: Sequence[Given] = ()) -> tuple[Config,
             raise UserError(f"--amp-opt-level {level} is not one of O0, O1, O2")
         raise UserError(APEX_AMP.format(level, native))
     flags = [(FLAGS[name][0], value, name) for name, value in given.items()]
-    return build_config(cfg_file, opts, flags, followed), mode
+    config = build_config(cfg_file, opts, flags, followed)
+    if mode == "find_lr":
+        check_find_lr(config)
+    return config, mode
+
+
+def check_find_lr(config: Config) -> None:
+    """Refuse settings from which no search for a learning rate can begin."""
+    if config.MODEL.RESUME:
+        raise UserError("--find-lr begins as a new run does: leave out --resume, or name weights with --pretrained")
+    if not config.TRAIN.BASE_LR:
+        raise UserError("--find-lr begins at TRAIN.BASE_LR 0: give another")
 
 
 def run(arguments: list[str]) -> int:
@@ -137,12 +152,16 @@ def run(arguments: list[str]) -> int:
         engine = importlib.import_module(f"engine.{mode}")
         device = distributed.start(config.TRAIN.HANG_MINUTES)
         with Bulletin():
-            if mode == "evaluate":
+            if mode == "throughput":
+                engine.run_throughput(config, device)
+            else:
                 from engine.following import follow_weights
 
-                engine.run_evaluation(follow_weights(config, rebuild), device)
-            else:
-                engine.run_throughput(config, device)
+                config = follow_weights(config, rebuild)
+                if mode == "evaluate":
+                    engine.run_evaluation(config, device)
+                else:
+                    engine.run_find_lr(config, device, arguments)
     distributed.stop()
     return 0
 

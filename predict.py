@@ -1,4 +1,4 @@
-"""Predict the classes of images or of their pixels, or find the objects in them.
+"""Predict the classes of images or of their pixels, or find the objects in them; or serve a page that does so.
 
 Exit status 0: all are predicted; 1: some could not be decoded and were skipped; 2: see the error.
 """
@@ -37,6 +37,7 @@ from engine.model import check_image_size
 from engine.precision import choose_precision
 from engine.segment import KEYS as KEYS_OF_PIXELS
 from engine.segment import segment
+from engine.serving import serve
 from tasks.classification import build_views, mean_of_probabilities
 from tasks.trained import TrainedModel, load_trained
 from utils.command import Parser, run_command
@@ -50,6 +51,7 @@ KEYS = ("class_index", "class", "probability")
 COLUMNS = {CLASSES: KEYS, PIXELS: KEYS_OF_PIXELS, OBJECTS: KEYS_OF_OBJECTS}
 ON_SHEET = 60
 REMEDY = "choose another place"
+PORT = 8000
 
 
 def find_images(paths: list[Path]) -> tuple[list[Path], Counter[str]]:
@@ -157,7 +159,7 @@ def parse(arguments: list[str]) -> Namespace:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = Parser(prog="predict.py", description=__doc__, allow_abbrev=False)
     flag = parser.add_argument
-    flag("images", metavar="IMAGE-OR-FOLDER", nargs="+", type=a_path, help="images, or folders with them at any depth")
+    flag("images", metavar="IMAGE-OR-FOLDER", nargs="*", type=a_path, help="images, or folders with them at any depth")
     flag("--checkpoint", metavar="FILE", type=expanded, required=True, help="this project's, a published one or timm's")
     flag("--format", choices=["table", "csv", "json"], default="table", help="of the output (%(default)s)")
     flag("--to", metavar="FILE", type=a_path, help="write the output there")
@@ -174,10 +176,17 @@ def parse(arguments: list[str]) -> Namespace:
         type=a_path,
         help="segmentation: paint the classes over images, write label maps; detection: draw and list the objects",
     )
+    flag("--serve", metavar="PORT", nargs="?", type=int, const=PORT, help=f"a page to drop images on, here ({PORT})")
     flag("--score", metavar="P", type=float, default=0.5, help="detection: leave out less sure objects (%(default)s)")
     given = parser.parse_args(arguments)
     if min(given.top, given.batch_size) < 1:
         raise UserError("--top and --batch-size must be at least 1")
+    if given.serve is None and not given.images:
+        parser.error("the following arguments are required: IMAGE-OR-FOLDER (or --serve)")
+    if given.serve is not None:
+        own: dict[str, Any] = {"images": [], "to": None, "sheet": None, "overlay": None, "format": "table"}
+        if others := [name for name, nothing in own.items() if getattr(given, name) != nothing]:
+            raise UserError(f"--serve shows what comes to its page: leave out {', '.join(others)}")
     if not 0 <= given.score <= 1:
         raise UserError(f"--score {given.score}: must be from 0 to 1")
     return given
@@ -218,33 +227,61 @@ def describe_marks(records: list[dict[str, Any]]) -> str:
     return f"{right}, as their folders are called{but}" if marks else ""
 
 
+def load_checked(given: Namespace, device: torch.device, screen: Console) -> TrainedModel:
+    """The same, fit for what is asked of it."""
+    trained = load(given, device)
+    for line in trained.notes:
+        screen.print(Text(printable(line)), soft_wrap=True)
+    if given.image_size and trained.config.TASK != CLASSES:
+        raise UserError("--image-size is for classification; TEST.RESIZE of its training says how others see an image")
+    if not is_exported(given.checkpoint):
+        check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
+    return trained
+
+
+def answer(
+    trained: TrainedModel, paths: list[Path], given: Namespace, device: torch.device, pictures: int
+) -> Iterator[tuple[dict, Image.Image | None]]:
+    """What ``--format json`` says of each image, in order, and a picture; of objects for so many images."""
+    if trained.config.TASK == OBJECTS:
+        return detect(trained, paths, device, given.score, given.overlay, pictures)
+    if trained.config.TASK == PIXELS:
+        return segment(trained, paths, device, given.top, given.overlay)
+    return predict(trained, paths, given)
+
+
+def serve_page(given: Namespace) -> int:
+    """Answer what is dropped on a page, until Ctrl-C."""
+    device = torch.device(given.device)
+    trained = load_checked(given, device, Console(stderr=True))
+
+    def of_file(path: Path) -> tuple[dict, Image.Image | None]:
+        ((record, picture),) = answer(trained, [path], given, device, pictures=1)
+        if "predictions" in record:
+            record["predictions"] = [*map(named_part, record["predictions"])]
+        return record, None if trained.config.TASK == CLASSES else picture
+
+    serve(of_file, f"{trained.config.MODEL.NAME} of {given.checkpoint}", given.serve)
+    return 0
+
+
 def predict_images(arguments: list[str]) -> int:
     """Do what the command line asks for; returns the exit status."""
     given = parse(arguments)
+    if given.serve is not None:
+        return serve_page(given)
     (paths, left_out), device = find_images(given.images), torch.device(given.device)
     records, screen = [], Console(stderr=True)
     drawn: list[Card] = []
     for path in filter(None, (given.to, given.sheet)):
         check_writable(path)  # after an hour it would be late to find out
-    trained = load(given, device)
-    for line in trained.notes:
-        screen.print(Text(printable(line)), soft_wrap=True)
-    name = trained.config.MODEL.NAME
-    task = trained.config.TASK
+    trained = load_checked(given, device, screen)
+    name, task = trained.config.MODEL.NAME, trained.config.TASK
     if given.overlay and task == CLASSES:
         raise UserError(
             f"--overlay is for segmentation and detection, and {given.checkpoint} tells the classes of whole images"
         )
-    if given.image_size and task != CLASSES:
-        raise UserError("--image-size is for classification; TEST.RESIZE of its training says how others see an image")
-    if not is_exported(given.checkpoint):
-        check_image_size(trained.model, trained.config.DATA.IMG_SIZE, device)
-    if task == OBJECTS:
-        answers = detect(trained, paths, device, given.score, given.overlay, ON_SHEET if given.sheet else 0)
-    elif task == PIXELS:
-        answers = segment(trained, paths, device, given.top, given.overlay)
-    else:
-        answers = predict(trained, paths, given)
+    answers = answer(trained, paths, given, device, pictures=ON_SHEET if given.sheet else 0)
     for record, image in track(answers, "images", len(paths), console=screen, disable=not sys.stderr.isatty()):
         records.append(record)
         if task == CLASSES:

@@ -1,6 +1,7 @@
 """What several test files use: small folders of real images, and the real command line in processes of its own."""
 
 import json
+import shutil
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,3 +148,16 @@ def coco(tmp_path_factory) -> Path:
 def objects(tmp_path_factory) -> Path:
     """24 training and 7 validation images of mixed sizes in COCO's format, with masks of 2 classes."""
     return write_coco(tmp_path_factory.mktemp("objects") / "data", train=24, val=7)
+
+
+@pytest.fixture
+def browser():
+    """Chromium without a window."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -155,19 +155,6 @@ def test_bad_folders(tmp_path):
     assert f"error: {run} cannot be read: " in done.stderr
 
 
-@pytest.fixture
-def browser():
-    """Chromium without a window."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("needs Chromium (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_in_a_browser(tmp_path, browser, width, scheme):
     """It is as wide as the window, sorts and enlarges, runs nothing that a name says, and complains of nothing."""

@@ -1,0 +1,261 @@
+"""A learning rate to begin with: short trials from the start that a run would have, each with a rate of its own."""
+
+import io
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from config import Config, output_dir
+from data.loading import naming_dead_workers
+from engine.memory import naming_out_of_memory, parts_that_fit
+from engine.model import compile_in_place, prepare_model, set_training_mode
+from engine.precision import choose_precision
+from engine.resume import read_on_main
+from engine.state import TrainState
+from engine.step import TrainStep
+from lr_scheduler import total_steps
+from optimizer import build_optimizer
+from tasks import build_task
+from utils import parallel
+from utils.bar import bar
+from utils.distributed import agreement, is_main, sum_over_ranks, world_size
+from utils.drawing import pyplot
+from utils.errors import UserError
+from utils.launchers import is_torchrun
+from utils.logger import RunLog
+from utils.tables import csv_of
+
+SHARE, TRIALS = 0.025, 6
+"""Of the run's steps, that all trials together are to take; and how many they are if they begin near the best rate."""
+FEWEST, MOST = 2, 100
+"""Steps of a trial."""
+COARSE, FINE = 10.0, math.sqrt(10.0)
+"""From one rate to the next: first, and then around the best of those."""
+NOTHING_HAPPENS = 1e-3
+"""The share of the loss by which it must differ from the start's for a rate not to be too small to tell."""
+SMALLEST, LARGEST = 1e-10, 1e3
+SCALED = ("WARMUP_LR", "MIN_LR")
+"""Settings of TRAIN that go with BASE_LR, so that the schedule keeps its shape."""
+
+
+class Found(NamedTuple):
+    """The loss after a trial with each rate, the loss of the start, and the rate that is suggested."""
+
+    losses: dict[float, float]
+    start: float
+    rate: float
+
+
+class Trials:
+    """Trains for a few steps with one rate after the other, from the same weights, on the same images and draws.
+
+    Args:
+        config: of the run that the rate is for.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.parts = config, 1
+        with agreement():
+            bar.doing("looking through the data")
+            self.task = build_task(config, device)
+            self.loader = self.task.train_loaders().train
+            bar.doing("building the network")
+            self.precision = choose_precision(config, device)
+            self.model = prepare_model(config, self.task.model, device)
+        self.notes: list[str] = []
+        if config.MODEL.PRETRAINED:
+            source, content = read_on_main(config.MODEL.PRETRAINED, config.MODEL.NAME)
+            with agreement():
+                self.notes = self.task.start_from(self.model, content, source)
+        sharding = parallel.choose_sharding(config.TRAIN.SHARD, device, self.precision.dtype)
+        compress = config.TRAIN.COMPRESS_GRADIENTS
+        self.wrapped = parallel.wrap(self.model, device, config.TRAIN.SYNC_BN, sharding, compress)
+        compile_in_place(config, self.model)
+        self.begun = [(tensor, tensor.detach().clone()) for tensor in (*self.model.parameters(), *self.model.buffers())]
+
+    def fit(self) -> None:
+        """Find out into how many parts a micro-batch must be cut, where TRAIN.AUTO_MICRO_BATCH asks for it."""
+        if self.config.TRAIN.AUTO_MICRO_BATCH:
+            optimizer, scaler = build_optimizer(self.config, self.model), self.precision.scaler()
+            state = TrainState(self.model, optimizer, scaler, None)
+            self.parts = parts_that_fit(self.config, self.task, state, self.precision)
+
+    def loss_after(self, steps: int, rate: float, evaluated: int) -> float:
+        """Compute the loss of the images of the step ``evaluated``, after so many steps before it. A collective.
+
+        The rate rises to ``rate`` step by step, as in a warm-up: at once it would upset an untrained network.
+        """
+        with torch.no_grad():
+            for tensor, before in self.begun:
+                tensor.copy_(before)
+        optimizer, train = build_optimizer(self.config, self.model), self.config.TRAIN
+        train_step = TrainStep(
+            self.task,
+            self.wrapped,
+            optimizer,
+            self.precision.scaler(),
+            self.precision,
+            seed=self.config.SEED,
+            max_norm=train.CLIP_GRAD or float("inf"),
+            accumulation=train.ACCUMULATION_STEPS,
+            parts=self.parts,
+        )
+        set_training_mode(self.wrapped)
+        batches = self.loader.micro_batches(evaluated - steps, evaluated + 1)
+        for done, step in enumerate(range(evaluated - steps, evaluated), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * done / steps * group.get("lr_scale", 1.0)
+            train_step(step, batches)
+        loss, _ = train_step.accumulate(evaluated, batches)
+        optimizer.zero_grad()
+        return float(sum_over_ranks(loss)) / world_size()
+
+
+def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> Found:
+    """``--find-lr``: try rates, draw the losses and say how to go on. The run itself is not touched.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        UserError: no rate lowers the loss.
+    """
+    given = config.TRAIN.BASE_LR
+    trials = Trials(config, device)
+    loader, run = trials.loader, total_steps(config, trials.loader.steps_per_epoch)
+    steps = min(max(int(SHARE * run / TRIALS) - 1, FEWEST), MOST)
+    scale = loader.global_batch / config.TRAIN.LR_REFERENCE_BATCH if config.TRAIN.LR_REFERENCE_BATCH else 1.0
+    with agreement():
+        log = RunLog(output_dir(config), config, "find_lr")
+    with log, naming_dead_workers(), naming_out_of_memory():
+        for line in filter(None, [*config.notes, *trials.notes]):
+            log.message(line)
+        weights = f"the weights of {config.MODEL.PRETRAINED}" if config.MODEL.PRETRAINED else "random weights"
+        log.message(f"{steps:,} steps with each rate, from {weights}, on the same images; the run has {run:,} steps")
+        trials.fit()
+
+        def try_out(rate: float) -> float:
+            bar.doing("trying rates", f"{rate:.1e}")
+            loss = trials.loss_after(steps, rate, evaluated=steps)
+            log.message(f"TRAIN.BASE_LR {rate / scale:.2e}  rate {rate:.2e}  loss {loss:.4f}")
+            return loss
+
+        bar.doing("computing the first loss")
+        found = search(try_out, given * scale, trials.loss_after(0, 0.0, evaluated=steps))
+        taken = 1 + len(found.losses) * (steps + 1)
+        log.message(f"that took {taken:,} steps, {100 * taken / run:.1f} % of the run's")
+        if is_main():
+            rows = (
+                (f"{rate / scale:.6g}", f"{rate:.6g}", f"{found.losses[rate]:.6g}") for rate in sorted(found.losses)
+            )
+            log.keep_whole("find_lr.csv", csv_of(["base_lr", "learning_rate", "loss"], rows))
+            log.keep_whole("find_lr.png", draw(found, scale, given))
+        log.message(f"losses in {log.folder / 'find_lr.csv'}, drawn in {log.folder / 'find_lr.png'}")
+        for line in advise(config, found, scale, words):
+            log.message(line)
+    return found
+
+
+def search(try_out: Callable[[float], float], given: float, start: float) -> Found:
+    """Find the rate with the lowest loss: by tenfold steps from the given one, then around the best of these.
+
+    Args:
+        try_out: computes the loss after a trial with a rate.
+        given: the rate to begin at.
+        start: the loss before any step.
+
+    Raises:
+        UserError: no rate lowers the loss.
+    """
+    losses: dict[float, float] = {}
+
+    def loss(rate: float) -> float:
+        if rate not in losses:
+            found = try_out(rate) if SMALLEST <= rate <= LARGEST else math.inf
+            losses[rate] = found if math.isfinite(found) else math.inf
+        return losses[rate]
+
+    def is_better(rate: float, than: float) -> bool:
+        too_small = rate > than and abs(start - loss(than)) < NOTHING_HAPPENS * abs(start)
+        diverged = rate < than and loss(than) >= start
+        return SMALLEST <= rate <= LARGEST and (too_small or diverged or loss(rate) < loss(than))
+
+    best = given
+    for factor in (COARSE, 1 / COARSE):
+        while is_better(best * factor, best):
+            best *= factor
+    loss(best * FINE), loss(best / FINE)
+    best = min(losses, key=losses.__getitem__)
+    if losses[best] >= start:
+        raise UserError(
+            f"no rate from {min(losses):.1e} to {max(losses):.1e} lowers the loss of {start:.4f} in a trial: are the "
+            "labels right? Else set the rate by hand"
+        )
+    return Found(
+        {rate: found for rate, found in losses.items() if SMALLEST <= rate <= LARGEST},
+        start,
+        valley(losses, best, start),
+    )
+
+
+def valley(losses: dict[float, float], best: float, start: float) -> float:
+    """Find the bottom of the parabola over the logarithm of the rate, through the best one and those beside it."""
+    below, above = (min(losses, key=lambda rate: abs(math.log(rate / (best * factor)))) for factor in (1 / FINE, FINE))
+    if not below < best < above:
+        return best
+    left, middle, right = (min(losses[rate], start) for rate in (below, best, above))
+    curvature = left - 2 * middle + right
+    return best * FINE ** (0.5 * (left - right) / curvature) if curvature > 0 else best
+
+
+def rounded(number: float) -> float:
+    """To two digits."""
+    return float(f"{number:.1e}")
+
+
+def advise(config: Config, found: Found, scale: float, words: Sequence[str]) -> list[str]:
+    """Say in lines which rate to take, why, and by which command."""
+    train, base_lr = config.TRAIN, rounded(found.rate / scale)
+    too_large = [rate for rate, loss in found.losses.items() if loss >= found.start and rate > found.rate]
+    least = min(found.losses.values())
+    why = f"the loss has fallen most, from {found.start:.4f} to {least:.4f}, around this rate"
+    why += f", and from {min(too_large) / scale:.1e} on it grows" if too_large else ""
+    given = found.rate / scale / train.BASE_LR
+    near = f"; TRAIN.BASE_LR {train.BASE_LR:g}, as given, is within a factor of 3 of it" if 1 / 3 <= given <= 3 else ""
+    settings = ["TRAIN.BASE_LR", f"{base_lr:g}"]
+    for name in SCALED:
+        if train[name]:
+            settings += [f"TRAIN.{name}", f"{rounded(train[name] * base_lr / train.BASE_LR):g}"]
+    rest = [word for word in words if word != "--find-lr"]
+    command = "the same command without --find-lr" if is_torchrun() else f"python main.py {shlex.join(rest)}"
+    added = f"--opts {' '.join(settings)}"
+    return [
+        f"suggested: TRAIN.BASE_LR {base_lr:g}: {why}{near}",
+        f"to go on: {command} {'and with ' * is_torchrun()}{added}",
+    ]
+
+
+def draw(found: Found, scale: float, given: float) -> bytes:
+    """Draw the losses over TRAIN.BASE_LR, with the given one and the suggestion, as PNG."""
+    rates = sorted(found.losses)
+    top = found.start + 0.5 * (found.start - min(found.losses.values()))
+    with pyplot() as plt:
+        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+        axis.set_xscale("log")
+        shown = [min(found.losses[rate], top) for rate in rates]  # what lies above the picture is drawn at its edge
+        axis.plot([rate / scale for rate in rates], shown, "o-", color="#3b82f6")
+        axis.axhline(found.start, color="#64748b", linestyle="--", label="before any step")
+        axis.axvline(given, color="#64748b", linestyle=":", label=f"as given: {given:g}")
+        suggested = rounded(found.rate / scale)
+        axis.axvline(suggested, color="#f97316", label=f"suggested: {suggested:g}")
+        axis.xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}")
+        axis.xaxis.set_minor_formatter("")
+        axis.set_xlabel("TRAIN.BASE_LR")
+        axis.set_ylabel("training loss after a trial")
+        axis.legend()
+        figure.savefig(out := io.BytesIO(), format="png", dpi=110)
+        plt.close(figure)
+    return out.getvalue()
