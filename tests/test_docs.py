@@ -107,6 +107,7 @@ def place(tmp_path_factory) -> Path:
     for folder in (("quickstart", "digits"), ("output", "default")):
         output, tag = folder
         assert main.main([*arguments, "--output", str(root / output), "--tag", tag]) == 0
+    (root / "output" / "crossformer_micro" / "my_images").symlink_to(root / "output" / "crossformer_micro" / "default")
     for name in ("crossformer_small", "crossformer_base"):
         (root / "output" / name).symlink_to(root / "output" / "crossformer_micro")
     arguments = ["--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--data-path", str(root / "nuclei")]
