@@ -7,23 +7,30 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 from config import Config, output_dir
 from data.loading import naming_dead_workers
 from engine.memory import naming_out_of_memory, parts_that_fit
-from engine.model import compile_in_place, prepare_model, set_training_mode
+from engine.model import (
+    check_image_size,
+    check_smallest_batch,
+    compile_in_place,
+    prepare_model,
+    set_training_mode,
+)
 from engine.precision import choose_precision
 from engine.resume import read_on_main
 from engine.state import TrainState
 from engine.step import TrainStep
-from lr_scheduler import total_steps
+from engine.train import check_same_data
+from lr_scheduler import build_scheduler, total_steps
 from optimizer import build_optimizer
 from tasks import build_task
 from utils import parallel
 from utils.bar import bar
-from utils.distributed import agreement, is_main, sum_over_ranks, world_size
+from utils.distributed import AgreedError, agreement, is_main, sum_over_ranks, world_size
 from utils.drawing import pyplot
-from utils.errors import UserError
 from utils.launchers import is_torchrun
 from utils.logger import RunLog
 from utils.tables import csv_of
@@ -37,6 +44,8 @@ COARSE, FINE = 10.0, math.sqrt(10.0)
 NOTHING_HAPPENS = 1e-3
 """The share of the loss by which it must differ from the start's for a rate not to be too small to tell."""
 SMALLEST, LARGEST = 1e-10, 1e3
+HALVINGS = 24
+"""Of a loss scale at most, until gradients are finite."""
 SCALED = ("WARMUP_LR", "MIN_LR")
 """Settings of TRAIN that go with BASE_LR, so that the schedule keeps its shape."""
 
@@ -65,6 +74,10 @@ class Trials:
             bar.doing("building the network")
             self.precision = choose_precision(config, device)
             self.model = prepare_model(config, self.task.model, device)
+            check_image_size(self.model, config.DATA.IMG_SIZE, device)
+            check_smallest_batch(config, self.model, config.DATA.BATCH_SIZE)
+            build_scheduler(config, self.loader.steps_per_epoch, self.loader.global_batch)  # refuses what a run would
+        check_same_data(self.loader.dataset.index)
         self.notes: list[str] = []
         if config.MODEL.PRETRAINED:
             source, content = read_on_main(config.MODEL.PRETRAINED, config.MODEL.NAME)
@@ -74,44 +87,61 @@ class Trials:
         compress = config.TRAIN.COMPRESS_GRADIENTS
         self.wrapped = parallel.wrap(self.model, device, config.TRAIN.SYNC_BN, sharding, compress)
         compile_in_place(config, self.model)
+        self.scaler = self.precision.scaler()
+        self.scale = self.scaler.state_dict()
         self.begun = [(tensor, tensor.detach().clone()) for tensor in (*self.model.parameters(), *self.model.buffers())]
 
     def fit(self) -> None:
-        """Find out into how many parts a micro-batch must be cut, where TRAIN.AUTO_MICRO_BATCH asks for it."""
+        """Find out into how many parts a micro-batch must be cut (TRAIN.AUTO_MICRO_BATCH), and fp16's loss scale."""
         if self.config.TRAIN.AUTO_MICRO_BATCH:
-            optimizer, scaler = build_optimizer(self.config, self.model), self.precision.scaler()
-            state = TrainState(self.model, optimizer, scaler, None)
+            state = TrainState(self.model, build_optimizer(self.config, self.model), self.precision.scaler(), None)
             self.parts = parts_that_fit(self.config, self.task, state, self.precision)
+        step = self.step(0.0)
+        for _ in range(HALVINGS if self.scaler.is_enabled() else 0):
+            if step(0, self.loader.micro_batches(0, 1)).finite:
+                break
+        self.scale = self.scaler.state_dict()
 
-    def loss_after(self, steps: int, rate: float, evaluated: int) -> float:
-        """Compute the loss of the images of the step ``evaluated``, after so many steps before it. A collective.
-
-        The rate rises to ``rate`` step by step, as in a warm-up: at once it would upset an untrained network.
-        """
+    def step(self, rate: float) -> TrainStep:
+        """Make what takes steps from the start, with an optimizer of its own at that rate."""
         with torch.no_grad():
             for tensor, before in self.begun:
                 tensor.copy_(before)
         optimizer, train = build_optimizer(self.config, self.model), self.config.TRAIN
-        train_step = TrainStep(
+        set_rate(optimizer, rate)
+        set_training_mode(self.wrapped)
+        return TrainStep(
             self.task,
             self.wrapped,
             optimizer,
-            self.precision.scaler(),
+            self.scaler,
             self.precision,
             seed=self.config.SEED,
             max_norm=train.CLIP_GRAD or float("inf"),
             accumulation=train.ACCUMULATION_STEPS,
             parts=self.parts,
         )
-        set_training_mode(self.wrapped)
+
+    def loss_after(self, steps: int, rate: float, evaluated: int) -> float:
+        """Compute the loss of the images of the step ``evaluated``, after so many steps before it. A collective.
+
+        The rate rises to ``rate`` step by step, as in a warm-up: at once it would upset an untrained network.
+        """
+        self.scaler.load_state_dict(self.scale)
+        train_step = self.step(rate)
         batches = self.loader.micro_batches(evaluated - steps, evaluated + 1)
         for done, step in enumerate(range(evaluated - steps, evaluated), start=1):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * done / steps * group.get("lr_scale", 1.0)
+            set_rate(train_step.optimizer, rate * done / steps)
             train_step(step, batches)
         loss, _ = train_step.accumulate(evaluated, batches)
-        optimizer.zero_grad()
+        train_step.optimizer.zero_grad()
         return float(sum_over_ranks(loss)) / world_size()
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Let the next step use this rate, lower layers their share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> Found:
@@ -121,7 +151,7 @@ def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> F
         words: of the command line.
 
     Raises:
-        UserError: no rate lowers the loss.
+        AgreedError: no rate lowers the loss.
     """
     given = config.TRAIN.BASE_LR
     trials = Trials(config, device)
@@ -130,6 +160,8 @@ def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> F
     scale = loader.global_batch / config.TRAIN.LR_REFERENCE_BATCH if config.TRAIN.LR_REFERENCE_BATCH else 1.0
     with agreement():
         log = RunLog(output_dir(config), config, "find_lr")
+    if config.DATA.ON_BAD_IMAGE == "skip":
+        loader.on_bad_image = log.bad_image
     with log, naming_dead_workers(), naming_out_of_memory():
         for line in filter(None, [*config.notes, *trials.notes]):
             log.message(line)
@@ -168,7 +200,7 @@ def search(try_out: Callable[[float], float], given: float, start: float) -> Fou
         start: the loss before any step.
 
     Raises:
-        UserError: no rate lowers the loss.
+        AgreedError: no rate lowers the loss.
     """
     losses: dict[float, float] = {}
 
@@ -188,17 +220,14 @@ def search(try_out: Callable[[float], float], given: float, start: float) -> Fou
         while is_better(best * factor, best):
             best *= factor
     loss(best * FINE), loss(best / FINE)
+    losses = {rate: found for rate, found in losses.items() if SMALLEST <= rate <= LARGEST}
     best = min(losses, key=losses.__getitem__)
-    if losses[best] >= start:
-        raise UserError(
+    if not losses[best] < start:
+        raise AgreedError(
             f"no rate from {min(losses):.1e} to {max(losses):.1e} lowers the loss of {start:.4f} in a trial: are the "
             "labels right? Else set the rate by hand"
         )
-    return Found(
-        {rate: found for rate, found in losses.items() if SMALLEST <= rate <= LARGEST},
-        start,
-        valley(losses, best, start),
-    )
+    return Found(losses, start, valley(losses, best, start))
 
 
 def valley(losses: dict[float, float], best: float, start: float) -> float:
@@ -230,11 +259,12 @@ def advise(config: Config, found: Found, scale: float, words: Sequence[str]) -> 
         if train[name]:
             settings += [f"TRAIN.{name}", f"{rounded(train[name] * base_lr / train.BASE_LR):g}"]
     rest = [word for word in words if word != "--find-lr"]
-    command = "the same command without --find-lr" if is_torchrun() else f"python main.py {shlex.join(rest)}"
+    alone = world_size() == 1 and not is_torchrun()
+    command = "the same command without --find-lr" if not alone else f"python main.py {shlex.join(rest)}"
     added = f"--opts {' '.join(settings)}"
     return [
         f"suggested: TRAIN.BASE_LR {base_lr:g}: {why}{near}",
-        f"to go on: {command} {'and with ' * is_torchrun()}{added}",
+        f"to go on: {command} {'' if alone else 'and with '}{added}",
     ]
 
 

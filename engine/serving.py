@@ -23,6 +23,8 @@ HOST = "127.0.0.1"
 """This machine alone can reach it."""
 LARGEST = 32 << 20
 """Bytes of an image at most."""
+WIDEST = 1600
+"""Pixels of a picture that is sent back, on its longer side."""
 PAGE = Path(__file__).with_suffix(".html")
 SILENCE_SECONDS = 30
 """So long a connection may say nothing."""
@@ -46,7 +48,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, answer: Answer, title: str, port: int):
-        self.answer, self.title = answer, title
+        self.answer, self.title = answer, printable(title)
         self.computing = threading.Lock()
         try:
             super().__init__((HOST, port), Handler)
@@ -102,28 +104,30 @@ class Handler(BaseHTTPRequestHandler):
             self._send(*self._answer(self.rfile.read(int(length))))
 
     def _answer(self, data: bytes) -> tuple[int, dict[str, Any]]:
-        with NamedTemporaryFile(prefix="image-") as file:
-            file.write(data)
-            file.flush()
-            with self.server.computing:
-                try:
+        try:
+            with NamedTemporaryFile(prefix="image-") as file:
+                file.write(data)
+                file.flush()
+                with self.server.computing:
                     record, picture = self.server.answer(Path(file.name))
-                except Exception as error:  # of one image; the server goes on
-                    return 500, {"error": reason_of(error)}
+        except Exception as error:  # of one image; the server goes on
+            return 500, {"error": reason_of(error)}
         if "error" in record:
             return 400, {"error": str(record["error"]).replace(file.name, "the image")}
         content: dict[str, Any] = {"predictions": record["predictions"]}
         if picture is not None:
+            picture.thumbnail((WIDEST, WIDEST))
             picture.save(out := io.BytesIO(), "PNG")
             content["picture"] = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
         return 200, content
 
     def _is_ours(self) -> bool:
-        """Refuse what other pages in the browser may send here, under a name of theirs or in the user's."""
-        port = self.server.server_address[1]
-        names = {f"{name}:{port}" for name in (HOST, "localhost")}
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in names and (origin is None or origin.removeprefix("http://") in names):
+        """Refuse what other pages in the browser may send here, under a name of theirs or in the user's.
+
+        The port may be another where it is forwarded.
+        """
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        if host.partition(":")[0] in (HOST, "localhost") and origin in (None, f"http://{host}"):
             return True
         self._send(403, {"error": f"open this page as {self.server.address}"})
         return False

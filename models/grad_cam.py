@@ -69,7 +69,7 @@ def _as_map(x: Tensor, channels: int, model: Any) -> Tensor:
     """``(B, C, H, W)`` of that, of ``(B, H, W, C)``, or of tokens ``(B, N, C)`` with others in front."""
     if x.dim() == 3:
         height, width = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (0, 0)
-        if not 0 < height * width <= x.shape[1]:
+        if height * width != x.shape[1] - getattr(model, "num_prefix_tokens", 0):  # that of another image size
             height = width = math.isqrt(x.shape[1])
         x = x[:, x.shape[1] - height * width :].unflatten(1, (height, width))
         return x.permute(0, 3, 1, 2)

@@ -24,9 +24,11 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from models.crossformer import VARIANTS
 from utils import checkpoint
+from utils.bar import bar
 from utils.checkpoint import CHUNK, FOLDER_WEIGHTS
 from utils.errors import UserError, did_you_mean
 from utils.files import reason_of, temporary_name
@@ -99,6 +101,7 @@ def _from_hub(model: str) -> str:
         f"config.json {FOLDER_WEIGHTS[0]} --local-dir FOLDER, bring the folder here and name it"
     )
     try:
+        bar.doing("fetching weights")
         with _quiet():
             return _files_of(repository, revision)
     except HFValidationError as error:
@@ -140,14 +143,21 @@ def _files_of(repository: str, revision: str, local_files_only: bool = False) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the lines to ourselves with which a request is repeated: the last word is ours."""
+    """Keep the lines to ourselves with which a request is repeated: the last word is ours.
+
+    The hub's own bars are for where there is no live line, which they would tear.
+    """
     logger = logging.getLogger("huggingface_hub")
-    before = logger.level
+    before, with_bars = logger.level, bar.is_live and not are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
+    if with_bars:
+        disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(before)
+        if with_bars:
+            enable_progress_bars()
 
 
 def _download(url: str) -> str:
@@ -161,6 +171,7 @@ def _download(url: str) -> str:
     path = Path(torch.hub.get_dir(), "checkpoints", f"{apart}{name}")
     if path.is_file():
         return str(path)
+    bar.doing("fetching weights")
     temporary, digest = temporary_name(path), hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import CLASSES
 from engine.looking import Seen, explain, see
+from engine.model import check_image_size
 from engine.photographs import check_pictures, names_below
 from models.crossformer.attention_maps import AttentionMap, attention_maps, blocks_of, position_bias_maps
 from models.crossformer.embedding import PATCH_STRIDE, REDUCTION_STRIDE
@@ -54,6 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flag("--image-size", metavar="N", type=int, default=0, help="in pixels; 0 is that of the training")
     flag("--weights", choices=["auto", "model", "ema"], default="auto", help="auto: the moving average if there is one")
     given = parser.parse_args(arguments)
+    given.images = list(dict.fromkeys(given.images))
     if len(given.images) > MOST:
         raise UserError(f"{len(given.images)} images are more than the {MOST} that are drawn at a time")
     return given
@@ -120,6 +122,9 @@ def draw(arguments: list[str]) -> None:
     trained = load_trained(given.checkpoint, torch.device("cpu"), given.model, given.image_size, given.weights)
     classifies, attends = trained.config.TASK == CLASSES, bool(blocks_of(trained.model))
     name = trained.config.MODEL.NAME
+    if given.image_size and not classifies:
+        raise UserError("--image-size is for classification; TEST.RESIZE of its training says how others see an image")
+    check_image_size(trained.model, trained.config.DATA.IMG_SIZE, torch.device("cpu"))
     if not (classifies or attends):
         raise UserError(f"MODEL.NAME {name} is no classifier and no CrossFormer: there is nothing to draw of it here")
     numbers = [number_of(wanted, trained) for wanted in given.classes or []]

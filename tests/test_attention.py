@@ -131,11 +131,13 @@ def test_grad_cam_of_a_known_function(output_fmt):
         ("crossformer_micro", 32, (4, 4)),  # the last map with 16 cells
         ("resnet10t", 128, (4, 4)),
         ("test_vit", 160, (10, 10)),  # whose head reads the class token alone
+        ("test_vit", 240, (15, 15)),
         ("test_convnext", 160, (5, 5)),
     ],
 )
 def test_grad_cam_of_any_model(name, size, cells):
-    cam = grad_cam(network(name, num_classes=5), torch.randn(2, 3, size, size), [0, 4])
+    how = {"dynamic_img_size": True} if name == "test_vit" else {}
+    cam = grad_cam(network(name, num_classes=5, **how), torch.randn(2, 3, size, size), [0, 4])
     assert cam.shape == (2, *cells)
     assert cam.min() >= 0
     peaks = cam.amax((1, 2))
@@ -179,7 +181,7 @@ def test_the_pictures_of_a_classifier(tmp_path, photographs, capsys):
     assert capsys.readouterr().out.splitlines() == [
         str(to / name) for name in ("of 0/x_attention.png", "of 1/x_attention.png", "position_bias.png", "grad_cam.png")
     ]
-    assert attention.main([*words, "--class", "dog"]) == 0
+    assert attention.main([*words[:2], photographs[0], *words[2:], "--class", "dog"]) == 0  # one image twice
     assert written(to)["of 0/x_attention.png"][1] < two_points[1], "a token has half as many rows"
     assert written(to)["grad_cam.png"][0] < pictures["grad_cam.png"][0], "one class and not three"
 
@@ -207,11 +209,12 @@ def test_mistakes_are_named(tmp_path, photographs, capsys):
             "0.5",
         ): "argument --at: invalid point: two numbers from 0 to 1, as 0.5,0.25 value: '0.5'",
         (photographs[0], "--at", "0.5,1.5"): "value: '0.5,1.5'",
+        (photographs[0], "--image-size", "20"): "DATA.IMG_SIZE 20",
         (photographs[0], "--class", "dig"): "--class dig: the model has no such class; did you mean dog?",
         (str(tmp_path / "bad.png"),): "bad.png: cannot identify image file",
         (str(tmp_path / "none.png"),): "none.png: No such file or directory; leave it out",
         (photographs[0], "--to", "/proc/x"): "cannot be written",
-        tuple(photographs * 11): "22 images are more than the 20 that are drawn at a time",
+        tuple(f"{i}.png" for i in range(22)): "22 images are more than the 20 that are drawn at a time",
     }.items():
         assert attention.main(["--checkpoint", file, *words]) == 2, words
         error = capsys.readouterr().err

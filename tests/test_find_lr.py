@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from config import build_config
 from engine.find_lr import Trials, search, valley
 from main import main, parse
-from utils.errors import UserError
+from utils.distributed import AgreedError
 
 START = 2.3
 
@@ -43,8 +44,10 @@ def test_near_the_best_it_takes_five_trials():
 
 
 def test_no_rate_helps():
-    with pytest.raises(UserError, match=r"no rate from 1\.0e-04 to 1\.0e-02 lowers|no rate from"):
+    with pytest.raises(AgreedError, match=r"no rate from 1\.0e-10 to 1\.0e-01 lowers the loss of 2\.3000"):
         search(lambda rate: START + rate, 1e-3, START)
+    with pytest.raises(AgreedError, match="lowers the loss of nan"):
+        search(lambda rate: math.nan, 1e-3, math.nan)
 
 
 def test_the_bottom_of_a_parabola():
@@ -112,13 +115,35 @@ def test_the_command(run_main, digits, tmp_path):
 
 def test_from_weights(run_main, digits, tmp_path):
     trained = run_main(*TINY_RUN, "--data-path", digits, "--batch-size", "12")
-    files = {
-        path: path.read_bytes() for path in trained.results.rglob("*") if path.is_file() and path.name != "log.txt"
-    }
+    files = {path: path.read_bytes() for path in trained.results.rglob("*") if path.is_file()}
+    said = files.pop(trained.results / "log.txt")
     weights = trained.results / "checkpoints" / "best.pth"
     done = run_main(*TINY_RUN, "--data-path", digits, "--batch-size", "12", "--find-lr", "--pretrained", weights)
     assert f"from the weights of {weights}" in done.stdout
     assert {path: path.read_bytes() for path in files} == files, "the run is as it was"
+    assert (trained.results / "log.txt").read_bytes().startswith(said)
+    added = {path.name for path in trained.results.rglob("*") if path.is_file() and path not in files}
+    assert added == {"log.txt", "find_lr.csv", "find_lr.png", "config_find_lr.yaml"}
+
+
+def test_what_training_refuses_is_refused(digits, tmp_path, capsys):
+    for settings, said in {
+        ("MODEL.NAME", "resnet10t", "MODEL.DROP_PATH_RATE", "0", "DATA.BATCH_SIZE", "1"): "normalises over the batch",
+        ("MODEL.NAME", "vit_tiny_patch16_224", "MODEL.DROP_PATH_RATE", "0"): "the model does not take it",
+        ("TRAIN.WARMUP_STEPS", "100", "TRAIN.WARMUP_EPOCHS", "0"): "the warm-up takes",
+    }.items():
+        words = [*TINY_RUN, *settings, "--data-path", str(digits), "--output", str(tmp_path), "--find-lr"]
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_bad_images_are_left_out(run_main, digits, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    for path in sorted((data / "train").rglob("*.png"))[::3]:
+        path.write_bytes(b"no image")
+    words = (*FLAGS, "--data-path", data, "--batch-size", "12", "--find-lr")
+    assert "cannot identify image file" in run_main(*words, ok=False).stderr
+    assert "suggested: " in run_main(*words, "--opts", "DATA.ON_BAD_IMAGE", "skip").stdout
 
 
 def test_mistakes(digits, tmp_path, capsys):

@@ -96,7 +96,9 @@ def test_no_other_page_may_ask():
         port = server.server_address[1]
         for headers, status in (
             ({"Host": "evil.example"}, 403),  # a name that has come to point here
-            ({"Host": "127.0.0.1"}, 403),
+            ({"Host": "127.0.0.1.evil.example"}, 403),
+            ({"Host": "localhost", "Origin": "http://localhost:1"}, 403),  # another page of this machine
+            ({"Host": "localhost:9000", "Origin": "http://localhost:9000"}, 200),  # a port that is forwarded
             ({"Origin": "http://evil.example"}, 403),
             ({"Origin": "null"}, 403),
             ({"Origin": server.address}, 200),

@@ -66,11 +66,15 @@ class Bar:
         from rich.console import Console  # only where there is a terminal
         from rich.live import Live
 
+        console = Console()
+        if not console.is_terminal or console.is_dumb_terminal:
+            return
         self.doing(word)
         self._facts = ()
-        self._live = Live(console=Console(), get_renderable=self._draw, refresh_per_second=REFRESHES, transient=True)
+        self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=REFRESHES, transient=True)
         with suppress(OSError):  # as when a terminal is closed
             self._live.start(refresh=True)
+            console.show_cursor(True)  # whoever ends this process from outside leaves the cursor as it is
 
     def doing(self, word: str, part: str = "") -> None:
         """Say what the command is at while it has no more to show; ``part`` of it may change as it goes on."""

@@ -30,7 +30,7 @@ class RunLog:
     Args:
         folder: results folder; it is made.
         config: written to the folder, to be used with ``--cfg`` again.
-        mode: ``train``, ``evaluate`` or ``throughput``.
+        mode: ``train``, ``evaluate``, ``find_lr`` or ``throughput``.
         total_steps: steps of the whole run.
         steps_per_epoch: of them, in each epoch.
         first_step: steps that are done already.
