@@ -253,6 +253,10 @@ class EvalLoader(_Loader):
 
     batches: EvalBatches
 
+    def __len__(self) -> int:
+        """Count the batches of this rank."""
+        return len(self.batches)
+
 
 def describe_turned(loader: TrainLoader | EvalLoader, upright: bool) -> str:
     """Say how many images of the first pass EXIF says are turned; empty for none. A collective.

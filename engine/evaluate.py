@@ -39,8 +39,8 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: Precision, evaluat
     model.eval()
     ask = for_any_batch(model, loader)
     samples = 0
-    for batch in loader:
-        bar.doing("evaluating", f"{100 * samples // max(len(loader.batches.mine), 1)} %")
+    for done, batch in enumerate(loader):
+        bar.doing("evaluating", f"{100 * done // len(loader)} %")
         with precision.autocast():
             evaluator.add(ask, batch)
         samples += len(batch.images)
