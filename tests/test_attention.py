@@ -125,6 +125,20 @@ def test_grad_cam_of_a_known_function(output_fmt):
         torch.testing.assert_close(cam, expected / expected.max())
 
 
+class Squares(Known):
+    """The slope of a score differs from place to place; its mean is what a channel weighs."""
+
+    def forward_head(self, features):
+        return (features**2).mean((2, 3))
+
+
+def test_a_channel_weighs_the_mean_of_its_slopes():
+    images = torch.randn(1, 3, 4, 5) - 0.2
+    cam = grad_cam(Squares("NCHW"), images.clone(), [1])[0]
+    expected = (images[0, 1].mean() * images[0, 1]).relu()
+    torch.testing.assert_close(cam, expected / expected.max())
+
+
 @pytest.mark.parametrize(
     ("name", "size", "cells"),
     [

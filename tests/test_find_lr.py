@@ -11,7 +11,7 @@ from conftest import TINY_RUN
 from PIL import Image
 
 from config import build_config
-from engine.find_lr import Trials, search, valley
+from engine.find_lr import Trials, search, set_rate, valley
 from main import main, parse
 from utils.distributed import AgreedError
 
@@ -75,6 +75,15 @@ def test_trials_start_alike_and_differ_by_their_rate_alone(digits):
     start = trials.loss_after(0, 0.0, evaluated=2)
     assert start == trials.loss_after(2, 0.0, evaluated=2), "no step is a step of rate 0"
     assert all(torch.equal(value, before[name]) for name, value in trials.model.state_dict().items())
+
+
+def test_the_rate_rises_within_a_trial(digits):
+    trials = trials_on(digits)
+    step, batches = trials.step(0.0), trials.loader.micro_batches(0, 3)
+    for number, share in enumerate((0.5, 1.0)):
+        set_rate(step.optimizer, 1e-2 * share)
+        step(number, batches)
+    assert float(step.accumulate(2, batches)[0]) == trials.loss_after(2, 1e-2, evaluated=2)
 
 
 def test_layers_keep_their_share_of_the_rate(digits):
