@@ -108,6 +108,7 @@ class Trials:
             for tensor, before in self.begun:
                 tensor.copy_(before)
         optimizer, train = build_optimizer(self.config, self.model), self.config.TRAIN
+        optimizer.zero_grad()
         set_rate(optimizer, rate)
         set_training_mode(self.wrapped)
         return TrainStep(
@@ -134,7 +135,6 @@ class Trials:
             set_rate(train_step.optimizer, rate * done / steps)
             train_step(step, batches)
         loss, _ = train_step.accumulate(evaluated, batches)
-        train_step.optimizer.zero_grad()
         return float(sum_over_ranks(loss)) / world_size()
 
 
