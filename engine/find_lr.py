@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.optim import Optimizer
 
 from config import Config, output_dir
 from data.loading import naming_dead_workers
@@ -24,8 +23,8 @@ from engine.resume import read_on_main
 from engine.state import TrainState
 from engine.step import TrainStep
 from engine.train import check_same_data
-from lr_scheduler import build_scheduler, total_steps
-from optimizer import build_optimizer
+from lr_scheduler import build_scheduler, rate_scale, total_steps
+from optimizer import build_optimizer, set_learning_rate
 from tasks import build_task
 from utils import parallel
 from utils.bar import bar
@@ -96,8 +95,10 @@ class Trials:
         if self.config.TRAIN.AUTO_MICRO_BATCH:
             state = TrainState(self.model, build_optimizer(self.config, self.model), self.precision.scaler(), None)
             self.parts = parts_that_fit(self.config, self.task, state, self.precision)
+        if not self.scaler.is_enabled():
+            return
         step = self.step(0.0)
-        for _ in range(HALVINGS if self.scaler.is_enabled() else 0):
+        for _ in range(HALVINGS):
             if step(0, self.loader.micro_batches(0, 1)).finite:
                 break
         self.scale = self.scaler.state_dict()
@@ -109,7 +110,7 @@ class Trials:
                 tensor.copy_(before)
         optimizer, train = build_optimizer(self.config, self.model), self.config.TRAIN
         optimizer.zero_grad()
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         set_training_mode(self.wrapped)
         return TrainStep(
             self.task,
@@ -132,16 +133,10 @@ class Trials:
         train_step = self.step(rate)
         batches = self.loader.micro_batches(evaluated - steps, evaluated + 1)
         for done, step in enumerate(range(evaluated - steps, evaluated), start=1):
-            set_rate(train_step.optimizer, rate * done / steps)
+            set_learning_rate(train_step.optimizer, rate * done / steps)
             train_step(step, batches)
         loss, _ = train_step.accumulate(evaluated, batches)
         return float(sum_over_ranks(loss)) / world_size()
-
-
-def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Let the next step use this rate, lower layers their share of it."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> Found:
@@ -157,7 +152,7 @@ def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> F
     trials = Trials(config, device)
     loader, run = trials.loader, total_steps(config, trials.loader.steps_per_epoch)
     steps = min(max(int(SHARE * run / TRIALS) - 1, FEWEST), MOST)
-    scale = loader.global_batch / config.TRAIN.LR_REFERENCE_BATCH if config.TRAIN.LR_REFERENCE_BATCH else 1.0
+    scale = rate_scale(config, loader.global_batch)
     with agreement():
         log = RunLog(output_dir(config), config, "find_lr")
     if config.DATA.ON_BAD_IMAGE == "skip":

@@ -18,6 +18,7 @@ from engine.state import TrainState
 from engine.step import StepResult
 from engine.stopping import PATIENCE_SECONDS, StopRequest
 from lr_scheduler import Schedule, total_steps
+from optimizer import set_learning_rate
 from tasks import Loaders, Task
 from utils import parallel
 from utils.bar import bar
@@ -107,7 +108,7 @@ class Run:
         self.meters.restore(carried.get("meters") or {}, device)
         self.skipped.restore(carried.get("skipped") or {})
         self.loader.skipped = carried.get("skipped_images", 0) * is_main()
-        self.state.set_learning_rate(self.schedule(max(self.state.step - 1, 0)))
+        set_learning_rate(self.state.optimizer, self.schedule(max(self.state.step - 1, 0)))
         self.stop.rescue, self.stop.say = self.rescue, self._say_and_close
         if self.state.sharded:
             self.stop.patience = PATIENCE_WITH_SHARDS_SECONDS

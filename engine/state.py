@@ -79,11 +79,6 @@ class TrainState:
         if torch.cuda.is_initialized():
             self._finished = torch.cuda.current_stream().record_event()
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Let the next step use this rate, lower layers a share of it (``TRAIN.LAYER_DECAY``)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-
     def candidates(self) -> dict[str, nn.Module]:
         """The networks to evaluate: the model, and its moving average where there is one."""
         return {"model": self.model, **({"ema": self.ema.module} if self.ema else {})}

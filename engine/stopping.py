@@ -171,14 +171,17 @@ class StopRequest:
         self._answered.set()
 
     def outlast(self, error: Exception) -> None:
-        """Find out whether an error comes of another rank's end: if a signal waits for an answer the process ends here.
+        """Find out whether an error comes of another rank's end: if a signal has come the process ends here.
 
-        The other thread ends it, as soon as it has saved what it can. Otherwise this returns.
+        The other thread ends it, as soon as it has saved what it can. If this one has already begun to answer, it saves
+        alone what the ranks could not save together. Without a signal this returns.
         """
         self._error = "".join(traceback.format_exception_only(error)).strip()
         deadline = time.monotonic() + SECONDS_FOR_NEWS
         while time.monotonic() < deadline or (self.signal and not self.answered):
             time.sleep(0.1)
+        if self.signal:
+            self.leave(*self._rescued())
 
     def describe(self) -> str:
         """What to say of a run that has ended before the loop could answer."""

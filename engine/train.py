@@ -27,7 +27,7 @@ from engine.step import TrainStep
 from engine.stopping import Stopped, StopRequest
 from lr_scheduler import build_scheduler, total_steps
 from models import left_out
-from optimizer import build_optimizer
+from optimizer import build_optimizer, set_learning_rate
 from tasks import Task, build_task
 from utils import parallel
 from utils.bar import bar
@@ -165,7 +165,7 @@ def take_steps(run: Run, train_step: TrainStep) -> None:
         if run.is_stalled():
             break
         learning_rate = run.schedule(step)
-        state.set_learning_rate(learning_rate)
+        set_learning_rate(state.optimizer, learning_rate)
         state.begin_step()
         loss, terms = train_step.accumulate(step, batches)
         with state.change():

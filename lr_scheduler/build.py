@@ -7,10 +7,9 @@ from utils.errors import UserError
 def build_scheduler(config, steps_per_epoch: int, global_batch: int) -> Schedule:
     """The learning rate of each step.
 
-    The configured rates are for ``TRAIN.LR_REFERENCE_BATCH`` images a step and scale with ``global_batch``.
+    The configured rates are multiplied by :func:`rate_scale`.
     """
-    train = config.TRAIN
-    scale = global_batch / train.LR_REFERENCE_BATCH if train.LR_REFERENCE_BATCH else 1.0
+    train, scale = config.TRAIN, rate_scale(config, global_batch)
     base_lr, min_lr, warmup_lr = (lr * scale for lr in (train.BASE_LR, train.MIN_LR, train.WARMUP_LR))
     steps = total_steps(config, steps_per_epoch)
     warmup_steps = train.WARMUP_STEPS or train.WARMUP_EPOCHS * steps_per_epoch
@@ -37,6 +36,11 @@ def build_scheduler(config, steps_per_epoch: int, global_batch: int) -> Schedule
         case unknown:
             raise UserError(f"TRAIN.LR_SCHEDULER.NAME {unknown} is not one of cosine, linear, step, poly, multistep")
     return with_warmup(schedule, warmup_lr, base_lr, warmup_steps)
+
+
+def rate_scale(config, global_batch: int) -> float:
+    """Compute the factor from the configured rates, for ``TRAIN.LR_REFERENCE_BATCH`` images a step, to those used."""
+    return global_batch / config.TRAIN.LR_REFERENCE_BATCH if config.TRAIN.LR_REFERENCE_BATCH else 1.0
 
 
 def total_steps(config, steps_per_epoch: int) -> int:

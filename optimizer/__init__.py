@@ -1,5 +1,5 @@
 """Parameter groups and the optimizer."""
 
-from optimizer.build import build_optimizer, parameter_groups
+from optimizer.build import build_optimizer, parameter_groups, set_learning_rate
 
-__all__ = ["build_optimizer", "parameter_groups"]
+__all__ = ["build_optimizer", "parameter_groups", "set_learning_rate"]

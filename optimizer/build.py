@@ -46,7 +46,7 @@ def parameter_groups(
 def build_optimizer(config, model: nn.Module) -> Optimizer:
     """The optimizer that ``config.TRAIN.OPTIMIZER`` names, over the model's parameters.
 
-    The learning rate is set at each step by the training loop, times the ``lr_scale`` of a group that has one.
+    The training loop sets the learning rate at each step, by :func:`set_learning_rate`.
     """
     settings = config.TRAIN.OPTIMIZER
     train = config.TRAIN
@@ -63,6 +63,12 @@ def build_optimizer(config, model: nn.Module) -> Optimizer:
             return _apex().FusedLAMB(groups, max_grad_norm=math.inf, **adam)  # TRAIN.CLIP_GRAD has clipped already
         case unknown:
             raise UserError(f"TRAIN.OPTIMIZER.NAME {unknown} is not one of adamw, sgd, fused_adam, fused_lamb")
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Let the next step use this rate, or that share of it which is a group's ``lr_scale`` (``TRAIN.LAYER_DECAY``)."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def _sgd(groups: list[dict], lr: float, momentum: float) -> Optimizer:

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from commands import start
-from conftest import ROOT, write_digits
+from conftest import ROOT, quick, write_digits
 from make_coco import write_coco
 from make_pairs import write_pairs
 from test_convert import voc as write_voc
@@ -35,6 +35,7 @@ LESS_PIXELS = (
 LESS_OBJECTS = (*LESS_PIXELS, "AUG.RESIZE", "[96, 64]", "TEST.RESIZE", "[96, 64]")
 """And for detection."""
 OF_DETECTION = re.compile(r"detection/|mask_rcnn|retinanet")
+OF_SEGMENTATION = re.compile(r"segmentation/|nuclei\.yaml")
 
 STAND_INS = {
     "swin_tiny_patch4_window7_224": "resnet10t", "vit_giant_patch14_224": "resnet10t", "resnet18": "resnet10t",
@@ -59,6 +60,19 @@ def commands(pattern: str) -> list[list[str]]:
             if words:
                 found[words[1].partition(" #")[0]] = None
     return [shlex.split(command) for command in found]
+
+
+OF_NO_CODE_OF_THEIR_OWN = {"--tag", "--batch-size", "--opts"}
+
+
+def one_of_each_kind(found: list[list[str]]) -> list:
+    """All of the commands as parameters: of those with the same flags, for the same task, one is for the quick tier."""
+    first: dict = {}
+    for words in found:
+        task = next((name for name in (OF_DETECTION, OF_SEGMENTATION) if any(map(name.search, words))), None)
+        flags = frozenset(word for word in words if word.startswith("-")) - OF_NO_CODE_OF_THEIR_OWN
+        first.setdefault((words[0], task, flags), words)
+    return quick(found, list(first.values()))
 
 
 @pytest.fixture(scope="module")
@@ -142,24 +156,29 @@ def in_place(words: list[str], place: Path) -> list[str]:
     return [SHORTER.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)]
 
 
-@pytest.mark.parametrize("command", commands(r"main\.py"), ids=" ".join)
+def test_settings_and_flags_of_all_commands(place):
+    for _, *words in commands(r"main\.py"):
+        if not ONLY_PRINT & {*words}:
+            main.parse(words)
+
+
+@pytest.mark.parametrize("command", one_of_each_kind(commands(r"main\.py")), ids=" ".join)
 def test_commands_of_main(place, tmp_path, command):
     words = command[1:]
     if ONLY_PRINT & {*words}:
         assert main.main(in_place(words, place)) == 0
         return
-    main.parse(words)
     if any(word.startswith("hfds/") for word in words) or not words:
         return  # what is on a hub cannot be reached here; the rest would start the default run
     evaluated = ["TEST.REAL_LABELS"] if "TEST.REAL_LABELS" in words else []
-    less = LESS_PIXELS if any("segmentation/" in word or "nuclei.yaml" in word for word in words) else LESS
+    less = LESS_PIXELS if any(map(OF_SEGMENTATION.search, words)) else LESS
     less = LESS_OBJECTS if any(map(OF_DETECTION.search, words)) else less
     less = [*less, *(["MODEL.DROP_PATH_RATE", "0"] if "swin_tiny_patch4_window7_224" in words else [])]
     status = main.main(["--output", str(tmp_path), "--opts", *less, *in_place(words, place)])
     assert status == (2 if evaluated else 0)  # digits are not ImageNet, whose own images test_metrics.py has
 
 
-@pytest.mark.parametrize("command", commands(r"predict\.py"), ids=" ".join)
+@pytest.mark.parametrize("command", one_of_each_kind(commands(r"predict\.py")), ids=" ".join)
 def test_commands_of_predict(place, command):
     ours = (
         []
@@ -189,15 +208,13 @@ def run(words: list[str], place: Path) -> None:
 
 EXPORTS = commands(r"scripts/export\.py")
 STARTED_ELSEWHERE = ("scripts/export.py", "scripts/launch.py")  # what the latter starts is a command of main.py
-SCRIPTS = [
-    # test_benchmark.py times networks that are as small, with all the rest
-    pytest.param(words, marks=pytest.mark.slow) if words[0] == "scripts/benchmark.py" else words
-    for words in commands(r"scripts/\w+\.py")
-    if words[0] not in STARTED_ELSEWHERE
-]
+SCRIPTS = [words for words in commands(r"scripts/\w+\.py") if words[0] not in STARTED_ELSEWHERE]
+TIMED = [words for words in SCRIPTS if words[0] == "scripts/benchmark.py"]  # test_benchmark.py times all the same
 
 
-@pytest.mark.parametrize("command", SCRIPTS, ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [*one_of_each_kind([words for words in SCRIPTS if words not in TIMED]), *quick(TIMED, [])], ids=" ".join
+)
 def test_commands_of_scripts(place, command):
     if "--prepared" in command:
         run("scripts/prepare_imagenet.py /imagenet /shards --short-side 320 --quality 92".split(), place)

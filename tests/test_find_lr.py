@@ -11,8 +11,9 @@ from conftest import TINY_RUN
 from PIL import Image
 
 from config import build_config
-from engine.find_lr import Trials, search, set_rate, valley
+from engine.find_lr import Trials, search, valley
 from main import main, parse
+from optimizer import set_learning_rate
 from utils.distributed import AgreedError
 
 START = 2.3
@@ -81,7 +82,7 @@ def test_the_rate_rises_within_a_trial(digits):
     trials = trials_on(digits)
     step, batches = trials.step(0.0), trials.loader.micro_batches(0, 3)
     for number, share in enumerate((0.5, 1.0)):
-        set_rate(step.optimizer, 1e-2 * share)
+        set_learning_rate(step.optimizer, 1e-2 * share)
         step(number, batches)
     assert float(step.accumulate(2, batches)[0]) == trials.loss_after(2, 1e-2, evaluated=2)
 

@@ -182,7 +182,7 @@ def test_a_beat_that_hangs_through_the_release(tmp_path, quick, monkeypatch):
 
 def test_two_runs_in_one_folder(tmp_path, digits, run_main):
     """The second is refused and touches nothing, an evaluation may come, and the first ends as if it were alone."""
-    flags = (*TINY_RUN, "TRAIN.EPOCHS", "6", "TRAIN.SAVE_EVERY_STEPS", "3", "--data-path", digits, "--batch-size", "12")
+    flags = (*TINY_RUN, "TRAIN.EPOCHS", "3", "TRAIN.SAVE_EVERY_STEPS", "3", "--data-path", digits, "--batch-size", "12")
     output = tmp_path / "output"
     folder = output / "crossformer_micro" / "run"
     first = subprocess.Popen(
@@ -190,7 +190,7 @@ def test_two_runs_in_one_folder(tmp_path, digits, run_main):
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        assert any("step 7/36" in line for line in first.stdout)
+        assert any("step 7/18" in line for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         second = run_main(*flags, ok=False)
@@ -204,8 +204,8 @@ def test_two_runs_in_one_folder(tmp_path, digits, run_main):
     finally:
         first.kill()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, 37))
-    assert [row["step"] for row in rows if row["event"] == "eval" and "checkpoint" not in row] == list(range(6, 37, 6))
+    assert [row["step"] for row in rows if row["event"] == "train"] == list(range(1, 19))
+    assert [row["step"] for row in rows if row["event"] == "eval" and "checkpoint" not in row] == list(range(6, 19, 6))
     assert sum("checkpoint" in row for row in rows) == 1
     assert not (folder / ".lock").exists()
 

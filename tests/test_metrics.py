@@ -217,6 +217,7 @@ def test_classes_named_by_their_numbers(tmp_path, imagenet, weights, workers):
 
 def test_a_run_on_weights_and_biases(tmp_path, digits, monkeypatch):
     """With the real package, offline; a run that carries on is the same run there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where it leaves folders as it is imported
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")

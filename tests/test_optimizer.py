@@ -9,11 +9,10 @@ import timm
 import torch
 
 from config import build_config
-from engine.state import TrainState
 from engine.step import TrainStep
 from models import create_segmenter
 from models.crossformer import VARIANTS
-from optimizer import build_optimizer, parameter_groups
+from optimizer import build_optimizer, parameter_groups, set_learning_rate
 from utils.errors import UserError
 
 CLASSIFICATION = json.loads((Path(__file__).parent / "data" / "classification.json").read_text())
@@ -54,7 +53,7 @@ def test_learning_rates_decay_with_the_depth(name):
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    TrainState(model, optimizer, None, None).set_learning_rate(0.01)
+    set_learning_rate(optimizer, 0.01)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01 * g["lr_scale"] for g in groups])
 
 

@@ -93,7 +93,7 @@ def test_bad_images_are_skipped_and_named(checkpoint, digits, tmp_path):
 
 
 def test_sheet(checkpoint, digits, tmp_path):
-    done = run("--checkpoint", checkpoint, digits / "train", "--sheet", tmp_path / "sheet.png", fresh=True)
+    done = run("--checkpoint", checkpoint, digits / "train", "--sheet", tmp_path / "sheet.png")
     assert (done.returncode, done.stderr) == (0, "")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (8 * (224 + 6 * 22 + 30 + 12) + 22 + 24, 8 * (224 + 24 + 12) + 12, 3)  # 60 of 72 images

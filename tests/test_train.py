@@ -409,7 +409,7 @@ def test_no_step_waits_for_the_device(digits, tmp_path, amp):
     counts = []
     for batch_size in ("24", "12"):
         opts = ["DATA.BATCH_SIZE", batch_size, "DATA.DATA_PATH", str(digits), "OUTPUT", str(tmp_path / batch_size)]
-        opts += ["TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "0", "PRINT_FREQ", "1000", "DATA.NUM_WORKERS", "1"]
+        opts += ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0", "PRINT_FREQ", "1000", "DATA.NUM_WORKERS", "1"]
         opts += ["TRAIN.EMA_DECAY", "0.9", "TRAIN.ACCUMULATION_STEPS", "1", "AMP", amp, *RANDOM]
         with CountSynchronisations() as counter:
             train(build_config("configs/micro.yaml", opts), torch.device("cpu"))

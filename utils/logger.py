@@ -134,7 +134,8 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """``step`` steps are done. Moves the bar; does not wait for the device."""
-        bar.show([*share_done(step, self.total_steps, "steps"), *self._facts])
+        if bar.is_live:
+            bar.show([*share_done(step, self.total_steps, "steps"), *self._facts])
 
     def train(self, step: int, values: dict[str, Any], terms: Sequence[str] = ()) -> None:
         """Log the means since the last line; ``terms`` names those that the loss is made of."""

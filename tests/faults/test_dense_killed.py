@@ -6,7 +6,6 @@ import pytest
 import test_detection as detection
 import test_segmentation as segmentation
 import torch
-from conftest import quick
 from runs import Run, assert_same_run, undisturbed_run
 
 TASKS = {
@@ -16,8 +15,9 @@ TASKS = {
 """Networks, their flags and the fixture of their data."""
 
 
-@pytest.mark.parametrize("network", quick(TASKS, ["semantic_fpn_crossformer_micro"]))
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # the loop is that of every task, and how a sample is drawn test_pairs.py and test_objects.py tell
+@pytest.mark.parametrize("network", TASKS)
+@pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_carried_on(request, tmp_path, workers, network):
     words, data = TASKS[network]
     flags = (*words, "DATA.NUM_WORKERS", workers, "TRAIN.EMA_DECAY", "0.9")

@@ -20,13 +20,19 @@ def test_a_run_that_has_stalled_ends_at_the_same_step(tmp_path, digits):
     run.kill()
     assert "stopped early after step 24: 3 evaluations" in undisturbed_run(tmp_path, *flags)
     assert_same_run(checkpoint(tmp_path, "whole"), checkpoint(tmp_path, "run"))
+
+
+@pytest.mark.slow
+def test_a_run_that_has_stalled_goes_on_with_more_patience(tmp_path, digits):
+    flags = (*TINY_RUN, *STILL, "TRAIN.EPOCHS", "9", "TRAIN.PATIENCE", "3", "--data-path", digits, "--batch-size", "12")
+    assert "stopped early after step 24" in undisturbed_run(tmp_path, *flags)
     again = undisturbed_run(tmp_path, *flags)
     assert "stopped early after step 24" in again
     assert "epoch 5" not in again, "nothing more is trained"
     metrics = tmp_path / "output" / "crossformer_micro" / "run" / "metrics.jsonl"
     steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines()) if line["event"] == "train"]
     assert steps == list(range(1, 25))
-    more = undisturbed_run(tmp_path, *flags, "TRAIN.PATIENCE", "5")
+    more = undisturbed_run(tmp_path, *flags, "--opts", "TRAIN.PATIENCE", "5")
     assert "stopped early after step 36: 5 evaluations" in more
 
 
