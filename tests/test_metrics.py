@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
