@@ -12,6 +12,7 @@ from utils.errors import UserError
 FLAGS = (*TINY_RUN, "TRAIN.STEPS", "2", "TRAIN.WARMUP_EPOCHS", "0", "DATA.BATCH_SIZE", "8")
 
 
+@pytest.mark.slow
 def test_the_wrapper_for_ray(digits, tmp_path):
     """It trains as the command line does, in two processes."""
     checkpoints = []

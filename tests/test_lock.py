@@ -111,6 +111,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_one_of_many_takes_it_over(tmp_path):
     """Eight processes find the lock of a killed one at once, whose takeover another was killed in the middle of."""
     left_by_a_killed_process(tmp_path)

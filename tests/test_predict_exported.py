@@ -64,6 +64,7 @@ def test_so_does_one_of_torch(checkpoint, digits, tmp_path, flags):
         assert {p["class"]: p["probability"] for p in other["predictions"]} == pytest.approx(of_model, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_marks(checkpoint, digits, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "unknown.png").write_bytes(next((digits / "val" / "3").iterdir()).read_bytes())

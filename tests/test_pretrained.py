@@ -252,6 +252,7 @@ def keys_followed(*arguments) -> set[str]:
     return {key for key, *_ in settings_to_follow(config, config.MODEL.PRETRAINED)}
 
 
+@pytest.mark.slow
 def test_the_run_is_found_without_its_weights(run_main, trained, digits):
     """As long as it is the only one of its tag; a new one is not led astray."""
     best = trained.results / "checkpoints" / "best.pth"

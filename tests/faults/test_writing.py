@@ -98,6 +98,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_without_a_byte_for_three_seconds(tmp_path, small_disk, digits, whole):
     """Every write meets it: lines, curves and checkpoints. What comes out is what would have."""
     flags = (*FLAGS, "--data-path", digits)
