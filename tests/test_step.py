@@ -9,6 +9,7 @@ from torch import nn
 from config import build_config
 from data import Batch
 from data.augmentation import build_mixing
+from engine.ema import Ema
 from engine.precision import Precision
 from engine.run import Run
 from engine.step import TrainStep, cut
@@ -93,3 +94,16 @@ def test_the_first_batch_is_drawn_from_a_copy():
     assert torch.equal(batch.images, before)
     assert kept["first_batch.png"].startswith(b"\x89PNG")
     assert not torch.equal(prepare(batch).images, before)
+
+
+def test_the_moving_average_leaves_out_skipped_steps():
+    model = nn.Linear(2, 2)
+    ema = Ema(model, decay=0.9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.weight += 1
+    ema.update(model, 1, torch.tensor(0.0))
+    assert torch.equal(ema.module.weight, before["weight"])
+    ema.update(model, 2, torch.tensor(1.0))
+    assert torch.allclose(ema.module.weight, before["weight"] + 0.1)
+    assert torch.equal(ema.module.bias, before["bias"])

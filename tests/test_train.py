@@ -116,11 +116,11 @@ def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     flags = (
         *TINY_RUN, *RANDOM, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "TRAIN.EPOCHS", "3",
         "TRAIN.SAVE_EVERY_STEPS", "1", "TRAIN.EMA_DECAY", "0.9", "DATA.NUM_WORKERS", workers,
-        "--data-path", digits, "--batch-size", "12",
+        "PRINT_FREQ", "4", "--data-path", digits, "--batch-size", "12",
     )  # fmt: skip
     whole = run_main(*flags, "--tag", "whole", tag="whole")
 
-    stop_at("step 9/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
+    stop_at("step 8/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
     newest, _ = Checkpoints(whole.results.parent / "run" / "checkpoints").newest()  # the kill may fall between renames
     stopped_at = torch.load(newest, weights_only=True)["step"]
     assert 6 < stopped_at < 12
@@ -205,6 +205,7 @@ def test_what_must_not_change_when_a_run_carries_on(run_main, digits, tmp_path):
     still = ("TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0", "TRAIN.MIN_LR", "0")
     flags = (*TINY_RUN, *still, "--data-path", data, "--batch-size", "12")
     done = run_main(*flags)
+    assert done.stdout.count("best.pth") == 1
     result = run_main(*flags, "--optim", "sgd", ok=False)
     assert result.status == 2
     assert "was trained with TRAIN.OPTIMIZER.NAME adamw, this run has sgd" in result.error
