@@ -116,11 +116,11 @@ def test_a_run_that_is_stopped_carries_on_exactly(run_main, digits, workers):
     flags = (
         *TINY_RUN, *RANDOM, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1", "TRAIN.EPOCHS", "3",
         "TRAIN.SAVE_EVERY_STEPS", "1", "TRAIN.EMA_DECAY", "0.9", "DATA.NUM_WORKERS", workers,
-        "PRINT_FREQ", "4", "--data-path", digits, "--batch-size", "12",
+        "PRINT_FREQ", "3", "--data-path", digits, "--batch-size", "12",
     )  # fmt: skip
     whole = run_main(*flags, "--tag", "whole", tag="whole")
 
-    stop_at("step 8/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
+    stop_at("step 9/18", signal.SIGKILL, *flags, "--output", whole.results.parent.parent)
     newest, _ = Checkpoints(whole.results.parent / "run" / "checkpoints").newest()  # the kill may fall between renames
     stopped_at = torch.load(newest, weights_only=True)["step"]
     assert 6 < stopped_at < 12
