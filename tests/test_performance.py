@@ -101,7 +101,7 @@ def test_a_graph_without_a_break(name, selective, depths):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["crossformer_micro", "crossformer_small", "crossformerpp_small"])  # minutes each
 def test_compiled_computes_the_same(name):
     compiled_equals_eager(name, "inductor")
 
