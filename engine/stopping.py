@@ -255,8 +255,8 @@ def _hold_signals() -> None:
 
 def _release_signals() -> None:
     if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a signal that waits is taken here, in a hook still
         _listening[-1]._forking = False
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _ignore_signals() -> None:

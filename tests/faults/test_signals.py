@@ -315,3 +315,31 @@ def test_a_last_save_that_another_rank_did_not_wait_for(tmp_path):
     """All ranks have agreed to stop and one has lost its patience: what was to be saved together is saved alone."""
     done = subprocess.run([sys.executable, "-c", ANSWERED], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "saved alone (after RuntimeError: Connection closed by peer)\n")
+
+
+IN_A_FORK = """
+import os
+import signal
+import time
+
+sent = []
+os.register_at_fork(before=lambda: sent or sent.append(signal.raise_signal(signal.SIGTERM)))
+
+from engine.stopping import Stopped, StopRequest
+
+with StopRequest():
+    try:
+        os.waitpid(os.fork() or os._exit(0), 0)
+        time.sleep(5)
+        print("lost")
+    except Stopped:
+        print("stopped")
+        os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_that_waits_for_a_fork_is_taken_after_it():
+    """Hooks registered first run last before a fork, when signals are held already."""
+    done = subprocess.run([sys.executable, "-c", IN_A_FORK], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")
