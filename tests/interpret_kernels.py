@@ -49,7 +49,7 @@ def check_attention() -> None:
         fused = with_gradients(fused_attention.attend(qkv, bias, grouping), (qkv, bias), gradient.half())
         attention = CrossScaleAttention(heads * channels, heads)
         attention.proj = torch.nn.Identity()
-        plain = attention.attend(grouping.group(qkv.float()), grouping, bias[None])
+        plain = attention.attend(grouping.group(qkv.float()), grouping, bias[None], qkv.shape[0])
         compare(f"attention, {grouping}", fused, with_gradients(plain, (qkv, bias), gradient))
 
 

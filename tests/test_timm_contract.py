@@ -73,6 +73,81 @@ def test_every_way_to_get_features_gives_the_same(name):
         assert all(torch.equal(out[str(i)], m) for i, m in enumerate(maps))
 
 
+@pytest.mark.parametrize("name", quick(VARIANTS, ("crossformer_micro", "crossformerpp_small")))
+def test_head_as_the_default_config_says(name):
+    """What timm's tests ask of a model and its default_cfg: shapes, names of layers, and the mode of a new head."""
+    model = timm.create_model(name, num_classes=5).eval()
+    cfg, tensors = model.default_cfg, model.state_dict()
+    assert all(f"{layer}.weight" in tensors for layer in (cfg["classifier"], *cfg["first_conv"]))
+    image = torch.randn(1, *(cfg["input_size"] if name == "crossformer_micro" else cfg["min_input_size"]))
+    with torch.no_grad():
+        tokens = model.forward_features(image)
+        assert tokens.shape == (1, 1, 1, model.num_features)
+        assert [side // 32 for side in cfg["input_size"][1:]] == [*cfg["pool_size"]]
+        model.reset_classifier(0)
+        assert model(image).shape == (1, model.num_features)
+        for mode in (True, False):
+            model.train(mode).reset_classifier(4, "max")
+            assert all(module.training == mode for module in model.modules())
+        for headless, shape in ((dict(num_classes=0), (1, model.num_features)), (dict(global_pool=""), (1, 1, 1, 3))):
+            made = timm.create_model(name, **{"num_classes": 3, **headless}).eval()
+            assert made(image).shape == shape
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
+def test_pools(pool):
+    """The published one is the mean; the others are what timm's pools do to the token map."""
+    model = timm.create_model("crossformer_micro", num_classes=5, global_pool=pool).eval()
+    tokens = model.forward_features(torch.randn(2, 3, 64, 96)).flatten(1, 2)
+    mean, largest = tokens.mean(1), tokens.amax(1)
+    expected = {
+        "avg": mean, "max": largest, "avgmax": (mean + largest) / 2, "catavgmax": torch.cat([mean, largest], 1)
+    }[pool]  # fmt: skip
+    seen = model.forward_head(tokens.unflatten(1, (2, 3)), pre_logits=True)
+    torch.testing.assert_close(seen, expected)
+    assert seen.shape[1] == model.head_hidden_size == model.head.in_features
+
+
+@pytest.mark.parametrize("name", quick(VARIANTS, ("crossformer_micro", "crossformerpp_small")))
+def test_device_and_dtype(name):
+    """Parameters are made where and as it is asked for; on meta they get their values later, as drawn the usual way."""
+    assert {p.dtype for p in timm.create_model(name, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    with torch.device("cpu"):
+        model = timm.create_model(name, num_classes=5, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    torch.manual_seed(0)
+    model.init_weights()
+    usual = timm.create_model(name, num_classes=5).double()
+    for (key, drawn), other in zip(model.named_parameters(), usual.parameters(), strict=True):
+        if drawn.numel() > 256:
+            assert torch.allclose(drawn.std(), other.std(), rtol=0.2, atol=1e-3), key
+        assert torch.equal(drawn, other) == (drawn.unique().numel() == 1), key
+    assert model.eval()(torch.randn(1, 3, 32, 32).double()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", quick(VARIANTS, ("crossformer_micro", "crossformerpp_small")))
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_output_stride(name, output_stride):
+    """Of a finer map every second token, or fourth, is what it is with 32; also where groups are padded."""
+    usual = timm.create_model(name, features_only=True).eval()
+    fine = timm.create_model(name, features_only=True, output_stride=output_stride).eval()
+    fine.load_state_dict(usual.state_dict())
+    assert fine.feature_info.reduction() == [min(r, output_stride) for r in (4, 8, 16, 32)]
+    for size in ((64, 96), (256, 288)):
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            pairs = list(zip(usual(image), fine(image), usual.feature_info.reduction(), strict=True))
+        for expected, found, reduction in pairs:
+            step = max(1, reduction // output_stride)
+            assert found.shape[2:] == tuple(side // min(reduction, output_stride) for side in size)
+            torch.testing.assert_close(found[..., ::step, ::step], expected, atol=3e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="output_stride 4 is not one of 8, 16, 32"):
+        timm.create_model(name, output_stride=4)
+
+
 def test_features_only_prunes_what_it_does_not_need():
     """Every parameter that is left gets a gradient, so DDP takes the pruned model as it is."""
     model = timm.create_model("crossformer_micro", features_only=True, out_indices=(1, 2))

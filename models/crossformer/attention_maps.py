@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .block import CrossFormerBlock
 from .grouping import Grouping
-from .position_bias import evaluate_together, mask_keys
+from .position_bias import mask_keys
 
 
 class AttentionMap(NamedTuple):
@@ -56,6 +56,7 @@ def attention_maps(model: nn.Module, image: Tensor, points: Sequence[tuple[float
         x, grouping, bias, _ = arguments
         tokens = grouping.group(block.norm1(x))
         q, k, _ = rearrange(block.attn.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=block.attn.num_heads)
+        bias = block.attn.position_bias(x, grouping) if bias is None else bias
         bias = mask_keys(bias, grouping)
         numbers = _numbers(grouping, x.device)
         for of_point, (y, x_) in zip(found, points, strict=True):
@@ -101,4 +102,4 @@ def position_bias_maps(block: CrossFormerBlock) -> Tensor:
     size = block.group_size
     weight = block.attn.pos.pos_proj.weight
     offsets = Grouping(size, size, size, size, 1).offsets(weight.device).to(weight.dtype)
-    return evaluate_together([block.attn.pos], offsets)[0].T.unflatten(1, (2 * size - 1, 2 * size - 1))
+    return block.attn.pos(offsets).T.unflatten(1, (2 * size - 1, 2 * size - 1))

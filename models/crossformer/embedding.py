@@ -8,6 +8,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .fusion import LayerNorm, is_fused
+from .grouping import is_transformed, size_of
+from .position_bias import is_plain
 from .recomputing import product_dtype, recomputed
 
 MIN_IMAGE_SIZE = 32
@@ -30,20 +32,24 @@ class PatchEmbed(nn.Module):
     Larger kernels get fewer channels: D/2, D/4, D/8, D/8. Source: CrossFormer, section 3.1.
     """
 
-    def __init__(self, in_chans: int, embed_dim: int):
+    def __init__(self, in_chans: int, embed_dim: int, device=None, dtype=None):
         super().__init__()
+        dd: Any = dict(device=device, dtype=dtype)
         dims = embed_dim // 2, embed_dim // 4, embed_dim // 8, embed_dim // 8
         self.projs: Any = nn.ModuleList(
-            nn.Conv2d(in_chans, dim, kernel, stride=PATCH_STRIDE, padding=(kernel - PATCH_STRIDE) // 2)
+            nn.Conv2d(in_chans, dim, kernel, stride=PATCH_STRIDE, padding=(kernel - PATCH_STRIDE) // 2, **dd)
             for dim, kernel in zip(dims, PATCH_KERNELS, strict=True)
         )
-        self.norm = LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` to tokens ``(B, H // 4, W // 4, C)``."""
-        if min(x.shape[-2:]) < MIN_IMAGE_SIZE:
-            raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}; CrossFormer needs at least 32 x 32")
-        if is_fused(x) and not any(map(is_altered, self.projs)):
+        height, width = size_of(x.permute(0, 2, 3, 1))
+        if min(height, width) < MIN_IMAGE_SIZE:
+            raise ValueError(f"images are {height} x {width}; CrossFormer needs at least 32 x 32")
+        if torch.jit.is_tracing():
+            x = x.expand(-1, -1, height, width)  # so that the trace, which holds for this size, refuses another
+        if is_fused(x) and all(is_plain(proj, nn.Conv2d) for proj in self.projs):
             x = self.project_together(x)
         else:
             x = torch.cat([self.project(x, proj) for proj in self.projs], dim=1)
@@ -69,14 +75,10 @@ class PatchEmbed(nn.Module):
 
     def project(self, x: Tensor, proj: nn.Conv2d) -> Tensor:
         """``proj(x)``; a large one, when trained, on cells: the gradient of its weights takes a third of the time."""
-        if self.training and torch.is_grad_enabled() and proj.kernel_size[0] >= CELL_KERNEL:
+        may_recompute = self.training and torch.is_grad_enabled() and not is_transformed()
+        if may_recompute and proj.kernel_size[0] >= CELL_KERNEL and is_plain(proj, nn.Conv2d):
             return recomputed(convolve_cells, x, proj)  # else the cells, as large as the image, would be kept
         return proj(x)
-
-
-def is_altered(proj: nn.Conv2d) -> bool:
-    """Whether it has to be called: it has hooks, or a parametrisation or wrapper has made it something else."""
-    return type(proj) is not nn.Conv2d or bool(proj._forward_hooks or proj._forward_pre_hooks)
 
 
 def convolve_cells(x: Tensor, proj: nn.Conv2d) -> Tensor:
@@ -101,18 +103,25 @@ def cells_of(x: Tensor, proj: nn.Conv2d) -> Tensor:
 class PatchMerging(nn.Module):
     """Cross-scale embedding layer between two stages: halves the map, doubles the channels.
 
-    Source: CrossFormer, section 3.1.
+    Source: CrossFormer, section 3.1. With a stride of 1 the map keeps its size (``output_stride``).
+
+    Args:
+        dilation: how far apart the tokens of a kernel lie.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, stride: int = REDUCTION_STRIDE, dilation: int = 1, device=None, dtype=None):
         super().__init__()
+        how: Any = dict(stride=stride, dilation=dilation, device=device, dtype=dtype)
+        self.stride, self.dilation = stride, dilation
         self.reductions = nn.ModuleList(
-            nn.Conv2d(dim, dim, kernel, stride=REDUCTION_STRIDE, padding=(kernel - REDUCTION_STRIDE) // 2)
+            nn.Conv2d(dim, dim, kernel, padding=dilation * (kernel - REDUCTION_STRIDE) // 2, **how)
             for kernel in REDUCTION_KERNELS
         )
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C)`` to ``(B, H // 2, W // 2, 2C)``."""
+        """``(B, H, W, C)`` to ``(B, H // 2, W // 2, 2C)``, or with a stride of 1 ``(B, H, W, 2C)``."""
         x = self.norm(x, for_product=True).permute(0, 3, 1, 2)
+        if self.stride == 1:
+            x = F.pad(x, (0, self.dilation, 0, self.dilation))  # kernels of an even size reach further to the right
         return torch.cat([reduction(x) for reduction in self.reductions], dim=1).permute(0, 2, 3, 1)

@@ -4,6 +4,7 @@ import torch
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
+from .grouping import is_transformed
 from .recomputing import product_dtype
 from .stochastic_depth import Drawn, pick
 
@@ -31,12 +32,7 @@ def is_fused(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting() and x.numel() > 0
-    if (
-        x.numel() < LEAST_ELEMENTS
-        or type(x) is not Tensor
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if x.numel() < LEAST_ELEMENTS or type(x) is not Tensor or torch.jit.is_tracing() or is_transformed():
         return False
     return torch.cuda.get_device_properties(x.device).major >= LEAST_CAPABILITY
 

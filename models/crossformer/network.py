@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import trunc_normal_
+from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -22,6 +22,11 @@ from .embedding import MIN_IMAGE_SIZE, PATCH_KERNELS, PATCH_STRIDE, REDUCTION_ST
 ACL_PERIOD = 3
 WITH_THE_PREVIOUS = (99999,)
 """By this number timm knows parameters that belong to the layer before them (the ``group_matcher`` of its models)."""
+
+OUTPUT_STRIDES = (8, 16, 32)
+
+POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+"""From the token map to one vector, by timm's names."""
 
 PerBlock = int | Sequence[int]
 """A setting of one stage: a number for all its blocks, or one number for each block."""
@@ -33,7 +38,8 @@ class CrossFormer(nn.Module):
     Args:
         in_chans: channels of the image.
         num_classes: classes of the head; 0 for none.
-        global_pool: ``avg``, or an empty string to leave the token map as it is.
+        global_pool: ``avg``, ``max``, ``avgmax`` (their mean), ``catavgmax`` (both), or an empty string to leave the
+            token map as it is.
         embed_dim: channels of the first stage, a multiple of 16; each stage doubles them.
         depths: blocks of each stage.
         num_heads: attention heads of each stage; each divides its stage's channels.
@@ -43,6 +49,12 @@ class CrossFormer(nn.Module):
         amplitude_cooling: end every third block but a stage's last with an amplitude cooling layer (CrossFormer++).
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        output_stride: 32, or 16 or 8: pixels between the tokens of the last maps. Stages that would shrink the map
+            further keep its size, and let their kernels, groups and intervals reach so much further: every second (or
+            fourth) token is what it is with 32, for images whose sides are multiples of 32.
+        device: where the parameters are made; on ``meta`` they have no memory, and after ``to_empty()`` come from
+            :meth:`init_weights` or a checkpoint.
+        dtype: of the parameters.
 
     Raises:
         ValueError: an argument does not describe a network; the message starts with the argument's name.
@@ -64,23 +76,31 @@ class CrossFormer(nn.Module):
         amplitude_cooling: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        output_stride: int = 32,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
+        dd: Any = dict(device=device, dtype=dtype)
         _check_architecture(embed_dim, depths, num_heads)
         group_sizes = _for_each_block("group_size", group_size, depths)
         intervals = _for_each_block("interval", interval, depths)
         drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         dims = [embed_dim * 2**i for i in range(len(depths))]
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride {output_stride} is not one of {', '.join(map(str, OUTPUT_STRIDES))}")
+        reductions = [PATCH_STRIDE * REDUCTION_STRIDE**i for i in range(len(depths))]
+        dilations = [max(1, reduction // output_stride) for reduction in reductions]
 
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=PATCH_STRIDE * REDUCTION_STRIDE**i, module=f"layers.{i}.blocks")
-            for i, dim in enumerate(dims)
+            dict(num_chs=dim, reduction=min(reduction, output_stride), module=f"layers.{i}.blocks")
+            for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, **dd)
         self.layers: Any = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             blocks = [
@@ -92,15 +112,39 @@ class CrossFormer(nn.Module):
                     mlp_ratio=mlp_ratio,
                     drop_path_rate=drop_path_rates[i][j].item(),
                     amplitude_cooling=amplitude_cooling and (j + 1) % ACL_PERIOD == 0 and j < depth - 1,
+                    dilation=dilations[i],
+                    **dd,
                 )
                 for j in range(depth)
             ]
-            downsample = PatchMerging(dim) if i < len(depths) - 1 else nn.Identity()
+            downsample: nn.Module = nn.Identity()
+            if i < len(depths) - 1:
+                stride = REDUCTION_STRIDE if reductions[i + 1] <= output_stride else 1
+                downsample = PatchMerging(dim, stride, dilations[i], **dd)
             self.layers.append(Stage(Blocks(blocks), downsample))
-        self.norm: nn.Module = nn.LayerNorm(self.num_features)
-        self.global_pool = _check_global_pool(global_pool)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, **dd)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self._set_head(num_classes, global_pool, **dd)
+        self.init_weights(needs_reset=False)
+
+    def _set_head(self, num_classes: int, global_pool: str, **dd: Any) -> None:
+        if global_pool not in POOLS:
+            raise ValueError(f"global_pool {global_pool!r} is not one of {', '.join(map(repr, POOLS))}")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool), input_fmt=self.output_fmt)
+        self.head_hidden_size = self.num_features * self.pool.feat_mult()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draw the weights: linear layers as in the paper, the others as torch does.
+
+        Args:
+            needs_reset: also those that torch has drawn where a module was made, as after ``to_empty()``.
+        """
+        for module in self.modules() if needs_reset else ():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+                module.reset_parameters()
         self.apply(_init_weights)
 
     @torch.jit.ignore
@@ -138,12 +182,11 @@ class CrossFormer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one for ``num_classes`` (0 for none)."""
-        if global_pool is not None:
-            self.global_pool = _check_global_pool(global_pool)
-        self.num_classes = num_classes
         weight = self.norm.weight if isinstance(self.norm, nn.LayerNorm) else self.patch_embed.norm.weight
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=weight.device, dtype=weight.dtype).apply(_init_weights)
+        pool = self.global_pool if global_pool is None else global_pool
+        self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training).apply(_init_weights)
+        self.pool.train(self.training)
 
     def forward_intermediates(
         self,
@@ -173,12 +216,12 @@ class CrossFormer(nn.Module):
         intermediates = []
         x = self.patch_embed(x)
         for i, stage in enumerate(self.layers[: max(taken) + 1] if stop_early else self.layers):
-            features = stage(x)
+            features, x = stage(x, with_map=True)
             last = i == len(self.layers) - 1
             if i in taken:
                 output = self.norm(features) if norm and last else features
                 intermediates.append(output.permute(0, 3, 1, 2) if output_fmt == "NCHW" else output)
-            x = self.norm(features) if last else stage.downsample(features)
+            x = self.norm(x) if last else x
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
@@ -199,14 +242,12 @@ class CrossFormer(nn.Module):
         """Images ``(B, 3, H, W)`` to normalised tokens ``(B, H // 32, W // 32, C)``."""
         x = self.patch_embed(x)
         for stage in self.layers:
-            x = stage.downsample(stage(x))
+            x = stage(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens ``(B, H, W, C)`` to logits ``(B, classes)``, or to what the head sees when ``pre_logits``."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=(1, 2))
-        x = self.head_drop(x)
+        x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -230,12 +271,6 @@ def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def _check_global_pool(global_pool: str) -> str:
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"global_pool {global_pool!r} is not one of 'avg', ''")
-    return global_pool
 
 
 def _check_architecture(embed_dim: int, depths: Sequence[int], num_heads: Sequence[int]) -> None:

@@ -18,20 +18,28 @@ class DynamicPositionBias(nn.Module):
     """An MLP from the offset between two tokens to one attention bias for each head.
 
     Because it is a function of the offset, group size and image size are free. Source: CrossFormer, section 3.3.
-    It and its parts are there for their parameters and never called, so hooks on them see nothing: a stage evaluates
-    those of all its blocks at once, with :func:`evaluate_together`.
+    A stage does not call it: it evaluates those of all its blocks at once, with :func:`evaluate_together`. Where that
+    could not be seen or would be wrong (:func:`is_plain`) each block calls its own.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
         super().__init__()
-        self.pos_proj = nn.Linear(2, dim)
-        self.pos1 = self._layer(dim, dim)
-        self.pos2 = self._layer(dim, dim)
-        self.pos3 = self._layer(dim, num_heads)
+        dd: Any = dict(device=device, dtype=dtype)
+        self.pos_proj = nn.Linear(2, dim, **dd)
+        self.pos1 = self._layer(dim, dim, **dd)
+        self.pos2 = self._layer(dim, dim, **dd)
+        self.pos3 = self._layer(dim, num_heads, **dd)
 
     @staticmethod
-    def _layer(dim: int, out_dim: int) -> nn.Sequential:
-        return nn.Sequential(nn.LayerNorm(dim), nn.ReLU(inplace=True), nn.Linear(dim, out_dim))
+    def _layer(dim: int, out_dim: int, **dd: Any) -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(dim, **dd), nn.ReLU(), nn.Linear(dim, out_dim, **dd))
+
+    def forward(self, offsets: Tensor) -> Tensor:
+        """``(offsets, 2)`` to ``(offsets, heads)``."""
+        x = self.pos_proj(offsets)
+        for layer in (self.pos1, self.pos2, self.pos3):
+            x = layer(x)
+        return x
 
     @property
     def layers(self) -> list[Any]:
@@ -53,7 +61,7 @@ def evaluate_together(mlps: Sequence[DynamicPositionBias], offsets: Tensor) -> T
 
     def linear(x: Tensor) -> Tensor:
         weight, bias = next(stacked), next(stacked)
-        return torch.baddbmm(bias[:, None], x, weight.mT)
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     def norm_and_relu(x: Tensor, eps: float) -> Tensor:
         weight, bias = next(stacked), next(stacked)
@@ -68,6 +76,35 @@ def evaluate_together(mlps: Sequence[DynamicPositionBias], offsets: Tensor) -> T
     return x
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does no more than it computes: it is of this very class, and nobody has a hook on it.
+
+    Not so where others have replaced, parametrised, sharded or offloaded it.
+    """
+    hooks = (
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )  # fmt: skip
+    return type(module) is kind and not hooks and "forward" not in vars(module)
+
+
+def may_be_read(mlp: DynamicPositionBias) -> bool:
+    """Whether the MLP can be evaluated from its parameters, without calling it and its parts."""
+    if not is_plain(mlp, DynamicPositionBias) or not is_plain(mlp.pos_proj, nn.Linear):
+        return False
+    for part in (mlp.pos1, mlp.pos2, mlp.pos3):
+        kinds = nn.LayerNorm, nn.ReLU, nn.Linear
+        if not is_plain(part, nn.Sequential) or not all(map(is_plain, part, kinds)):
+            return False
+    tensors = (tensor for layer in mlp.layers for tensor in (layer.weight, layer.bias))
+    return not any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)  # as sharded and quantised ones have
+
+
+def position_bias(mlp: nn.Module, grouping: Grouping, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Call one MLP for the position bias of a block, ``(1, heads, N, N)``, where the map ``x`` is."""
+    table = mlp(grouping.offsets(x.device).to(x.dtype))
+    return align_rows(grouping.for_each_pair(table.transpose(0, 1)).to(dtype))[None]
+
+
 def position_biases(
     mlps: Sequence[DynamicPositionBias], groupings: Sequence[Grouping], dtype: torch.dtype
 ) -> list[Tensor]:
@@ -77,11 +114,12 @@ def position_biases(
     """
     weight = mlps[0].pos_proj.weight
     biases: dict[int, Tensor] = {}
-    for shape in dict.fromkeys(grouping.shape for grouping in groupings):
-        of_shape = [i for i, grouping in enumerate(groupings) if grouping.shape == shape]
-        grouping = groupings[of_shape[0]]
+    for first, grouping in enumerate(groupings):
+        if first in biases:
+            continue
+        of_shape = [i for i, other in enumerate(groupings) if other.shape == grouping.shape]
         table = evaluate_together([mlps[i] for i in of_shape], grouping.offsets(weight.device).to(weight.dtype))
-        pairs = align_rows(grouping.for_each_pair(table.mT).to(dtype))
+        pairs = align_rows(grouping.for_each_pair(table.transpose(1, 2)).to(dtype))
         biases |= zip(of_shape, pairs[:, None].unbind(), strict=True)
     return [biases[i] for i in range(len(mlps))]
 
@@ -108,6 +146,9 @@ class BiasCache:
     def __init__(self) -> None:
         self.entry: tuple[tuple, list[Tensor]] | None = None
         """What it was computed of, and the biases: one object, since replicas of a model share a cache."""
+
+    def __reduce__(self):
+        return BiasCache, ()  # a copy of a model has nothing yet
 
     def clear(self) -> None:
         self.entry = None

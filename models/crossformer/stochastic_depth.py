@@ -72,6 +72,11 @@ def pick(x: Tensor, drawn: Drawn | None) -> Tensor:
     return x if drawn is None or drawn.images is None else x.index_select(0, drawn.images)
 
 
+def picked(x: Tensor, drawn: Drawn | None) -> int:
+    """Count the images that :func:`pick` gives."""
+    return x.shape[0] if drawn is None or drawn.images is None else drawn.images.shape[0]
+
+
 def _limits(rates: tuple[float, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of each block: the rate of keeping, ``(blocks, 1, 1)``; with which probability the image at each place is kept,
     ``(blocks, 1, batch)``; how many images are computed, ``(blocks, 1, 1)``.
