@@ -1,11 +1,8 @@
 """Exports of a trained model: written, loaded again and compared with it."""
 
-import io
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,20 +11,23 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from config import SETTINGS, WHERE_DATA_LIES, build_config, flatten, settings_in
+from config import CLASSES, WHERE_DATA_LIES, build_config, flatten
+from engine.any_size import COMPARED, STEP, OfMultiples, SizeRange, check_in_onnx, range_around
+from engine.exported import open_onnx
+from engine.int8 import Validation, quantise
+from engine.model_card import model_card
 from models.build import ARCHITECTURE
 from models.heads import AtImageSize, Detector, FixedDetector, Segmenter, largest_differences
 from tasks.trained import SAID_BESIDES, TrainedModel, build
-from utils import checkpoint
 from utils.checkpoint import SETTINGS_KEY
 from utils.errors import UserError
 from utils.files import writing
 from utils.settings import get
+from utils.silence import in_silence
 from utils.timing import seconds
 
 TOLERANCE = 1e-4
@@ -38,18 +38,55 @@ DETECTIONS_COMPARED = 5
 TIMED_BATCH, ROUNDS, SECONDS_PER_ROUND = 8, 5, 0.2
 
 
+class Wanted(NamedTuple):
+    """What an export is to be.
+
+    Attributes:
+        form: one of FORMATS.
+        image_size: height and width.
+        any_batch: take batches of any size and not of one image alone.
+        any_size: take images of other sizes too, as far as one graph can.
+        licence: as the hub calls it; empty where nobody has chosen one.
+        int8: compute in int8 what can be; for ``onnx``.
+        data_path: where the data for that lies; empty for where the run had it.
+    """
+
+    form: str
+    image_size: tuple[int, int]
+    any_batch: bool = False
+    any_size: bool = False
+    licence: str = ""
+    int8: bool = False
+    data_path: str = ""
+
+
 class Source(NamedTuple):
-    """What to export, and an example of what it takes; without ``dynamic_shapes`` in batches of that size alone.
+    """What to export, and how.
 
     Attributes:
         path: of the checkpoint.
-        images: ``(B, 3, H, W)``.
+        sizes: of the images; None for the one size alone.
     """
 
     trained: TrainedModel
     path: str
-    images: Tensor
-    dynamic_shapes: tuple | None
+    wanted: Wanted
+    sizes: SizeRange | None
+
+    def example(self) -> Tensor:
+        """Images as it takes them, ``(B, 3, H, W)``."""
+        size = self.sizes.examples()[0] if self.sizes else self.wanted.image_size
+        return torch.randn(2 if self.wanted.any_batch else 1, 3, *size)
+
+    def dynamic_shapes(self) -> tuple | None:
+        """What of that may differ, as torch.export wants it."""
+        shapes = {0: torch.export.Dim("batch")} if self.wanted.any_batch else {}
+        shapes |= self.sizes.dynamic_shape() if self.sizes else {}
+        return (shapes,) if shapes else None
+
+    def input_size(self) -> list[int]:
+        """Channels, height and width, as timm has them."""
+        return [3, *self.wanted.image_size]
 
     @property
     def segments(self) -> bool:
@@ -75,10 +112,10 @@ class Source(NamedTuple):
         """How an image becomes the model's input, in timm's words."""
         data, test = self.trained.config.DATA, self.trained.config.TEST
         if self.segments or self.detects:
-            size = dict(input_size=list(self.images.shape[1:]), interpolation="bilinear", crop_mode="none")
+            size = dict(input_size=self.input_size(), interpolation="bilinear", crop_mode="none")
             return size | dict(mean=data.MEAN, std=data.STD)
         crop = dict(crop_pct=test.CROP_PCT, crop_mode="center") if test.CROP else dict(crop_pct=1.0, crop_mode="squash")
-        size = dict(input_size=list(self.images.shape[1:]), interpolation=data.INTERPOLATION)
+        size = dict(input_size=self.input_size(), interpolation=data.INTERPOLATION)
         return size | crop | dict(mean=data.MEAN, std=data.STD)
 
     def besides(self) -> dict[str, Any]:
@@ -107,6 +144,7 @@ class Source(NamedTuple):
         described["class_ids"] = self.trained.class_ids
         described |= {"head": model.HEAD} if self.segments or self.detects else {}
         described |= self.preparation() | self.besides() | {SETTINGS_KEY: self.settings()}
+        described |= {"sizes": self.sizes.said()} if self.sizes else {}
         return {key: json.dumps(value) for key, value in (described | self.trained.facts).items()}
 
 
@@ -118,28 +156,30 @@ def as_graph(model: nn.Module) -> nn.Module:
 
 
 def torch_export(source: Source, path: Path) -> Callable:
-    program = torch.export.export(source.graph(), (source.images,), dynamic_shapes=source.dynamic_shapes)
+    graph = OfMultiples(source.graph()) if source.sizes else source.graph()
+    program = torch.export.export(graph, (source.example(),), dynamic_shapes=source.dynamic_shapes())
     torch.export.save(program, path, extra_files=source.metadata())
     return torch.export.load(path).module()
 
 
 def onnx(source: Source, path: Path) -> Callable:
-    import onnxruntime
-
     how: dict[str, Any] = dict(dynamo=True, opset_version=OPSET, input_names=["images"], output_names=source.outputs())
-    program = torch.onnx.export(source.graph(), (source.images,), dynamic_shapes=source.dynamic_shapes, **how)
+    program = torch.onnx.export(source.graph(), (source.example(),), dynamic_shapes=source.dynamic_shapes(), **how)
     assert program is not None
-    program.model.metadata_props.update(source.metadata())
     program.save(path, external_data=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if source.sizes:
+        check_in_onnx(path, source.sizes)
+    add_metadata(path, source.metadata())
+    return open_onnx(str(path)).run
 
-    def run(images: Tensor) -> Any:
-        found = [torch.from_numpy(part) for part in session.run(source.outputs(), {"images": images.numpy()})]
-        return found[0] if len(found) == 1 else tuple(found)
 
-    return run
+def add_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Let an ONNX file say these."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
 
 
 def safetensors(source: Source, path: Path) -> Callable:
@@ -155,7 +195,14 @@ def hf(source: Source, path: Path) -> Callable:
         raise UserError("--format hf is for classifiers, as timm is; use onnx, torch_export or safetensors")
     said = {"label_names": source.trained.classes, "class_ids": source.trained.class_ids, **source.besides()}
     save_for_hf(source.trained.model, str(path), said, safe_serialization=True, data_config=source.preparation())
-    (path / "README.md").write_text(model_card(source), encoding="utf-8")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config["model_args"].pop("num_classes", None)  # it is said besides, and transformers would give it twice
+    config["pretrained_cfg"].pop("license", None)
+    config["pretrained_cfg"] |= {"license": source.wanted.licence} if source.wanted.licence else {}
+    (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    by_hand = left_to_the_caller(source)
+    card = model_card(source.trained, source.path, source.wanted.image_size, source.wanted.licence, by_hand)
+    (path / "README.md").write_text(card, encoding="utf-8")
     return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
 
@@ -169,55 +216,6 @@ GRAPHS = ("torch_export", "onnx")
 """Formats that hold the computation too, for which the size of a batch has to be decided."""
 
 
-def model_card(source: Source) -> str:
-    trained, (height, width) = source.trained, source.images.shape[-2:]
-    name, ours = trained.config.MODEL.NAME, trained.config.MODEL.NAME.startswith("crossformer")
-    facts = trained.facts if "top1" in trained.facts else {"weights": trained.facts["weights"]}
-    by_hand = "".join(f"- {line}\n" for line in left_to_the_caller(source))
-    by_hand = f"What evaluation does besides, and the lines above do not:\n\n{by_hand}\n" if by_hand else ""
-    metrics = "".join(f"- {key}: {value if key == 'weights' else round(value, 4)}\n" for key, value in facts.items())
-    return f"""---
-library_name: timm
-pipeline_tag: image-classification
-license: {cast(Any, trained.model).pretrained_cfg.get("license") or "mit"}
-tags: [image-classification, timm{", crossformer" * ours}]
----
-
-# {name}
-
-An image classifier with {len(trained.classes)} classes, for images of {height} x {width} pixels.
-
-```python
-import timm, torch
-from PIL import Image
-{"import crossformer  # after pip install of the CrossFormer trainer's folder" if ours else ""}
-model = timm.create_model("local-dir:.", pretrained=True).eval()  # this folder; on the hub "hf-hub:OWNER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-with torch.inference_mode():
-    logits = model(transform(Image.open("image.png").convert("RGB")).unsqueeze(0))
-print(model.pretrained_cfg["label_names"][logits.argmax()])
-```
-
-{by_hand}## Metrics
-
-{metrics}
-## Settings that differ from the trainer's defaults
-
-```yaml
-{run_settings(source.path)}```
-"""
-
-
-def run_settings(path: str) -> str:
-    """As a file for ``--cfg``."""
-    saved = checkpoint.read(path).get("config")
-    if not isinstance(saved, str):
-        return "# the checkpoint does not name them\n"
-    there = settings_in(saved, path)
-    differing = {k: v for k, v in there.items() if k not in WHERE_DATA_LIES and v != SETTINGS[k].default}
-    return yaml.safe_dump(differing, sort_keys=False)
-
-
 def images_per_second(functions: list[Callable], images: Tensor) -> list[float]:
     """Medians of rounds in which each function has its turn."""
     turns = [partial(function, images) for function in functions]
@@ -226,20 +224,14 @@ def images_per_second(functions: list[Callable], images: Tensor) -> list[float]:
     return [median(speeds) for speeds in zip(*rounds, strict=True)]
 
 
-@contextmanager
-def in_silence() -> Iterator[None]:
-    """Exporters tell their own story at length; what matters of it is raised."""
-    with warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
-
-
 def left_to_the_caller(source: Source) -> list[str]:
     """What evaluation does besides, and whoever uses the export has to do; its metadata says it too."""
     besides, lines, test = source.besides(), [], source.trained.config.TEST
     if source.segments:
         lines.append(
-            f"it takes one size: evaluation brings images within {test.RESIZE[0]} x {test.RESIZE[1]} pixels, sides "
-            f"up to multiples of {test.MULTIPLE} (bilinear), and resizes the logits to the image"
+            f"{'' if source.sizes else 'it takes one size: '}evaluation brings images within "
+            f"{test.RESIZE[0]} x {test.RESIZE[1]} pixels, sides up to multiples of {test.MULTIPLE} (bilinear), and "
+            "resizes the logits to the image"
         )
         if test.WINDOW or test.SCALES != [1.0]:
             lines.append("TEST.WINDOW and TEST.SCALES are not in it: compute views and average their probabilities")
@@ -262,12 +254,28 @@ def left_to_the_caller(source: Source) -> list[str]:
     return lines
 
 
-def make(name: str, source: Source, path: Path) -> None:
-    """Write the format ``name``, compare and time it; what is found is printed."""
-    model, (height, width) = source.graph(), source.images.shape[2:]
-    any_batch = source.dynamic_shapes is not None
-    sizes = (1,) * DETECTIONS_COMPARED if source.detects else (1, 2, 3) if any_batch else (1, 1)
-    batches = [torch.randn(n, 3, height, width) for n in sizes]
+def batches_to_compare(source: Source) -> list[Tensor]:
+    """Random images of all the kinds of batches and sizes that the export says it takes."""
+    if source.sizes:
+        counts = (1, 2, 3, 1, 2) if source.wanted.any_batch else (1,) * COMPARED
+        return [torch.randn(n, 3, *size) for n, size in zip(counts, source.sizes.examples(), strict=False)]
+    counts = (1,) * DETECTIONS_COMPARED if source.detects else (1, 2, 3) if source.wanted.any_batch else (1, 1)
+    return [torch.randn(n, 3, *source.wanted.image_size) for n in counts]
+
+
+def describe_taken(source: Source, batches: list[Tensor]) -> str:
+    """Say which images it takes."""
+    number = "batches of any size" if source.wanted.any_batch else "one image"
+    if not source.sizes:
+        height, width = source.wanted.image_size
+        return f"{number} of {height} x {width} pixels"
+    seen = ", ".join(f"{images.shape[2]} x {images.shape[3]}" for images in batches)
+    return f"{number} with sides of {source.sizes.describe()} pixels, multiples of {STEP}; compared at {seen}"
+
+
+def make(source: Source, path: Path) -> None:
+    """Write the format that is wanted, compare and time it; what is found is printed."""
+    name, model, batches = source.wanted.form, source.graph(), batches_to_compare(source)
     try:
         with in_silence():
             exported = FORMATS[name](source, path)
@@ -284,62 +292,89 @@ def make(name: str, source: Source, path: Path) -> None:
         raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error
     for line in left_to_the_caller(source):
         print(line)
-    takes = f"{'batches of any size' if any_batch else 'one image'} of {height} x {width} pixels"
-    print(f"{source.trained.config.MODEL.NAME} as {name} takes {takes}")
+    print(f"{source.trained.config.MODEL.NAME} as {name} takes {describe_taken(source, batches)}")
     for what, difference, allowed in differences:
         print(f"largest difference of a {what} to the model's own: {difference:.1e} (allowed: {allowed:.0e})")
         if not difference <= allowed:
             raise UserError(f"{name} gives other {what}s than the model: {difference:.1e} is above {allowed:.0e}")
     if name in GRAPHS:
-        images = torch.randn(TIMED_BATCH if any_batch else 1, 3, height, width)
-        there, here = images_per_second([exported, model], images)
-        print(f"images/s, {len(images)} at a time: {there:.1f}, the model {here:.1f}, ratio {there / here:.2f}")
+        images = torch.randn(TIMED_BATCH if source.wanted.any_batch else 1, 3, *source.wanted.image_size)
+        print_speeds(len(images), images_per_second([exported, model], images), "the model")
+
+
+def print_speeds(batch: int, speeds: list[float], other: str) -> None:
+    there, here = speeds
+    print(f"images/s, {batch} at a time: {there:.1f}, {other} {here:.1f}, ratio {there / here:.2f}")
+
+
+def make_int8(source: Source, path: Path, validation: Validation) -> None:
+    """Let the ONNX file at ``path`` give way to one that computes in int8; what is found is printed."""
+    wanted, in_float = source.wanted, path.with_name("float.onnx")
+    os.replace(path, in_float)
+    print(quantise(in_float, path, validation))
+    add_metadata(path, source.metadata() | {"quantisation": json.dumps("int8")})
+    sizes = [file.stat().st_size / 2**20 for file in (path, in_float)]
+    print(f"the file has {sizes[0]:.1f} MiB, in float {sizes[1]:.1f} MiB")
+    images = torch.randn(TIMED_BATCH if wanted.any_batch else 1, 3, *wanted.image_size)
+    speeds = images_per_second([open_onnx(str(file)).run for file in (path, in_float)], images)
+    print_speeds(len(images), speeds, "in float")
 
 
 def compare(source: Source, answers: list[tuple[Any, Any]]) -> list[tuple[str, float, float]]:
     """Tell what of the model's and the export's answers differs the most, by how much, and by how much it may."""
     if not source.detects:
-        return [("logit", torch.cat([own - other for own, other in answers]).abs().max().item(), TOLERANCE)]
+        differences = [(own - other).abs().max() for own, other in answers]
+        return [("logit", torch.stack(differences).max().item(), TOLERANCE)]
     scores, boxes = zip(*(largest_differences(own, other) for own, other in answers), strict=True)
     return [("score", max(scores), TOLERANCE), ("box", max(boxes), PIXELS_OF_A_BOX)]
 
 
 @torch.no_grad()
-def export(
-    trained: TrainedModel, path: str, form: str, image_size: tuple[int, int], any_batch: bool, target: Path
-) -> None:
+def export(trained: TrainedModel, path: str, wanted: Wanted, target: Path) -> None:
     """Write a model as ``target``, a file or for ``hf`` a folder, and print what there is to know of it.
 
-    What was written is loaded again and must give the same logits as the model; only then does it get its name.
+    What was written is loaded again and must give the same logits as the model; only then does it get its name. What
+    computes in int8 must answer about as many of the validation images right.
 
     Args:
         trained: the model, on the CPU.
         path: of its checkpoint.
-        form: one of FORMATS.
-        image_size: height and width.
-        any_batch: take batches of any size and not of one image alone.
 
     Raises:
         UserError: it cannot be exported, gives other logits, or ``target`` cannot be written.
     """
     trained.model.to(memory_format=torch.contiguous_format)
     torch.manual_seed(0)
-    if isinstance(trained.model, Detector):
-        if any_batch and form in GRAPHS:
-            raise UserError("--dynamic-batch is not for detectors, which take one image; leave it out")
-        any_batch = False
-    shapes = ({0: torch.export.Dim("batch")},) if any_batch else None
-    source, as_folder = Source(trained, path, torch.randn(2 if any_batch else 1, 3, *image_size), shapes), form == "hf"
+    detects, classifies = isinstance(trained.model, Detector), trained.config.TASK == CLASSES
+    if detects and wanted.form in GRAPHS and (wanted.any_batch or wanted.any_size):
+        flag = "--dynamic-batch" if wanted.any_batch else "--dynamic-size"
+        raise UserError(f"{flag} is not for detectors, which take one image of one size; leave it out")
+    if wanted.int8 and not classifies:
+        raise UserError(f"--int8 is for classifiers; {path} is for {trained.config.TASK}")
+    wanted = wanted._replace(any_batch=wanted.any_batch and not detects)
+    sizes = range_around(trained.model, trained.config.MODEL.NAME, wanted.image_size) if wanted.any_size else None
+    source, as_folder = Source(trained, path, wanted, sizes), wanted.form == "hf"
     with writing(target, "choose another --to"):
         if target.resolve() == Path(path).resolve() or not may_replace(target, as_folder):
             raise UserError(f"{target} is there and not to be replaced; choose another --to")
-        with TemporaryDirectory(prefix=".export-", dir=target if target.is_dir() else target.parent) as folder:
-            written = Path(folder, "exported" + SUFFIXES[form])
-            make(form, source, written)
-            if as_folder:
-                target.mkdir(exist_ok=True)
-            for file in written.iterdir() if as_folder else [written]:
+        validation = Validation(trained, path, wanted.data_path, wanted.image_size) if wanted.int8 else None
+        near = target if target.is_dir() else next(folder for folder in target.parents if os.path.lexists(folder))
+        with TemporaryDirectory(prefix=".export-", dir=near) as folder:
+            written = Path(folder, "exported" + SUFFIXES[wanted.form])
+            make(source, written)
+            if validation:
+                make_int8(source, written, validation)
+            (target if as_folder else target.parent).mkdir(parents=True, exist_ok=True)
+            for file in [*written.iterdir()] if as_folder else [written]:
+                let_others_read(file)
                 os.replace(file, target / file.name if as_folder else target)
+
+
+def let_others_read(file: Path) -> None:
+    """Give a file the mode that new ones have here; safetensors are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def may_replace(target: Path, as_folder: bool) -> bool:

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from utils.errors import UserError
 SUFFIXES = ".onnx", ".pt2"
 SAID = "architecture", "classes", "class_ids", "input_size", "mean", "std", SETTINGS_KEY
 """What is read of all that a file says of itself."""
+
+
+class Opened(NamedTuple):
+    """A graph in a file: what computes it, the size of its batches (None for any), and what the file says of itself."""
+
+    run: Callable[[Tensor], Any]
+    batch: int | None
+    texts: dict[str, Any]
 
 
 class Graph(nn.Module):
@@ -45,7 +53,7 @@ def load_exported(path: str) -> TrainedModel:
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is not a file; expected an export (.onnx, .pt2)")
-    run, batch, texts = _onnx(path) if path.endswith(".onnx") else _torch_export(path)
+    run, batch, texts = open_onnx(path) if path.endswith(".onnx") else _torch_export(path)
     try:
         said = {key: json.loads(texts[key]) for key in SAID}
         settings = settings_in(said[SETTINGS_KEY], path)
@@ -61,7 +69,12 @@ def load_exported(path: str) -> TrainedModel:
     return TrainedModel(Graph(run, batch), config, classes, ids, {}, [])
 
 
-def _onnx(path: str) -> tuple[Callable[[Tensor], Tensor], int | None, dict[str, str]]:
+def open_onnx(path: str) -> Opened:
+    """Open an ONNX file; of several outputs it gives a tuple.
+
+    Raises:
+        UserError: it is damaged, or its package is missing.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -75,13 +88,14 @@ def _onnx(path: str) -> tuple[Callable[[Tensor], Tensor], int | None, dict[str, 
     (images,) = session.get_inputs()
     batch = images.shape[0] if isinstance(images.shape[0], int) else None
 
-    def run(part: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {images.name: part.contiguous().numpy()})[0])
+    def run(part: Tensor) -> Any:
+        found = [torch.from_numpy(one) for one in session.run(None, {images.name: part.contiguous().numpy()})]
+        return found[0] if len(found) == 1 else tuple(found)
 
-    return run, batch, session.get_modelmeta().custom_metadata_map
+    return Opened(run, batch, session.get_modelmeta().custom_metadata_map)
 
 
-def _torch_export(path: str) -> tuple[Callable[[Tensor], Tensor], int | None, dict[str, Any]]:
+def _torch_export(path: str) -> Opened:
     texts: dict[str, Any] = dict.fromkeys(SAID, "")
     logging.disable(logging.CRITICAL)  # torch tells of a file that it cannot read at length
     try:
@@ -95,4 +109,4 @@ def _torch_export(path: str) -> tuple[Callable[[Tensor], Tensor], int | None, di
     finally:
         logging.disable(logging.NOTSET)
     batch = images.shape[0] if isinstance(images.shape[0], int) else None
-    return lambda part: run(part.contiguous()), batch, {key: text for key, text in texts.items() if text}
+    return Opened(lambda part: run(part.contiguous()), batch, {key: text for key, text in texts.items() if text})

@@ -18,7 +18,7 @@ case "${1:-}" in
     ;;
 --all)
     shift
-    . scripts/environment.sh requirements-dev.txt
+    . scripts/environment.sh requirements-tools.txt
     python -m pytest -n 2 --dist worksteal "$@"
     bash scripts/test.sh --oldest "$@" || [ $? -eq 5 ] # which says that all tests that were asked for are slow ones
     ;;

@@ -148,8 +148,6 @@ def end_after(command: Callable[[], Any]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
-    if isinstance(status, str):
-        print(status, file=sys.stderr)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -62,15 +62,12 @@ def commands(pattern: str) -> list[list[str]]:
     return [shlex.split(command) for command in found]
 
 
-OF_NO_CODE_OF_THEIR_OWN = {"--tag", "--batch-size", "--opts"}
-
-
 def one_of_each_kind(found: list[list[str]]) -> list:
     """All of the commands as parameters: of those with the same flags, for the same task, one is for the quick tier."""
-    first: dict = {}
+    of_no_code_of_their_own, first = {"--tag", "--batch-size", "--opts"}, {}
     for words in found:
         task = next((name for name in (OF_DETECTION, OF_SEGMENTATION) if any(map(name.search, words))), None)
-        flags = frozenset(word for word in words if word.startswith("-")) - OF_NO_CODE_OF_THEIR_OWN
+        flags = frozenset(word for word in words if word.startswith("-")) - of_no_code_of_their_own
         first.setdefault((words[0], task, flags), words)
     return quick(found, list(first.values()))
 
@@ -230,6 +227,7 @@ def test_python_of_the_documents(place, monkeypatch):
         run(command, place)
     checkpoints = place / "quickstart" / "crossformer_micro" / "digits" / "checkpoints"
     assert {"best.pt2", "best.onnx", "best.safetensors", "best-hf"} <= {path.name for path in checkpoints.iterdir()}
+    pytest.importorskip("captum")
     shutil.copy(place / "image.png", checkpoints)
     pages = {page: re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL) for page in PAGES}
     assert sum(map(len, pages.values())) >= 8

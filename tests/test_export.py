@@ -120,7 +120,9 @@ def test_a_folder_for_timm_and_the_hub(tmp_path):
     data = timm.data.resolve_model_data_config(by_timm)
     assert (data["input_size"], list(data["mean"]), data["crop_mode"]) == ((3, 64, 64), [0.1, 0.2, 0.3], "squash")
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-classification\nlicense: mit\ntags: [image-")
+    assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [image-")
+    assert "Its author has not said under which licence it may be used." in card
+    assert "license" not in (folder / "config.json").read_text()
     assert "- top1: 87.6543\n" in card
     (tmp_path / "run.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
     assert build_config(str(tmp_path / "run.yaml")).dump() == torch.load(file)["config"]
@@ -128,6 +130,56 @@ def test_a_folder_for_timm_and_the_hub(tmp_path):
     snippet, paths = card.partition("```python\n")[2].partition("```")[0], {"PYTHONPATH": str(ROOT / "models")}
     done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, env=os.environ | paths, stdout=subprocess.PIPE)
     assert done.stdout.decode().strip() in trained.classes
+
+
+def test_a_licence_is_the_one_that_was_chosen(tmp_path):
+    file, folder = save_checkpoint(tmp_path / "best.pth"), tmp_path / "new" / "folder"
+    chosen = ["--license", "apache-2.0", "--to", str(folder)]
+    assert export.main(["--checkpoint", file, "--format", "hf", *chosen]) == 0
+    card = (folder / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card
+    assert "has not said" not in card
+    assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_an_export_is_decided_by_the_mask(tmp_path, mask):
+    file, before = save_checkpoint(tmp_path / "best.pth"), os.umask(mask)
+    try:
+        for form in ("hf", "safetensors"):
+            assert export.main(["--checkpoint", file, "--format", form]) == 0
+    finally:
+        os.umask(before)
+    written = [tmp_path / "best.safetensors", *(tmp_path / "best-hf").iterdir()]
+    assert len(written) == 4
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~mask}
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_folder(tmp_path):
+    """As a classifier, as a backbone and in a pipeline."""
+    transformers = pytest.importorskip("transformers")
+    file, folder, images = (
+        save_checkpoint(tmp_path / "best.pth", **NARROW),
+        tmp_path / "best-hf",
+        torch.randn(2, 3, 64, 96),
+    )
+    assert export.main(["--checkpoint", file, "--format", "hf"]) == 0
+    model = load_trained(file, CPU).model
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    backbone = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(images).logits, model(images))
+        torch.testing.assert_close(backbone(images).last_hidden_state, model.forward_features(images))
+    assert list(classifier.config.id2label.values()) == ["Möwe 0", "Möwe 1", "Möwe 2"]
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(tmp_path / "image.png")
+    best = transformers.pipeline("image-classification", model=str(folder))(str(tmp_path / "image.png"))[0]
+    found = tmp_path / "found.json"
+    assert (
+        predict.main(["--checkpoint", file, str(tmp_path / "image.png"), "--format", "json", "--to", str(found)]) == 0
+    )
+    expected = json.loads(found.read_text())[0]["predictions"][0]
+    assert (best["label"], best["score"]) == (expected["class"], pytest.approx(expected["probability"], abs=0.02))
 
 
 def lines_of(page: str, word: str) -> str:
@@ -191,7 +243,12 @@ MISTAKES = {
     "{tmp}/plain.pth --format hf --model crossformer_smal": "did you mean crossformer_small?",
     "{tmp}/best.pth --format hf --dynamic-batch": "hf takes any batch as it is",
     "{tmp}/best.pth --format onnx --image-size 31": "--image-size takes one number or two, each at least 32",
-    "{tmp}/best.pth --format onnx --to {tmp}/nowhere/x.onnx": "x.onnx cannot be written: No such file",
+    "{tmp}/best.pth --format onnx --to {tmp}/text.pth/x.onnx": "x.onnx cannot be written: Not a directory",
+    "{tmp}/best.pth --format hf --dynamic-size": "hf takes any size as it is",
+    "{tmp}/best.pth --format onnx --dynamic-size": "choose --image-size among them, not 64 x 64",
+    "{tmp}/best.pth --format torch_export --int8": "--int8 is for --format onnx",
+    "{tmp}/best.pth --format onnx --data-path x": "--data-path is for --int8",
+    "{tmp}/best.pth --format onnx --license mit": "--license is for --format hf",
     "{tmp}/best.pth --format torch_export --to {tmp}": "is there and not to be replaced",
     "{tmp}/best.pth --format hf --to {tmp}": "is there and not to be replaced",
     "{tmp}/best.pth --format safetensors --to {tmp}/best.pth": "is there and not to be replaced",

@@ -258,6 +258,23 @@ def test_other_backbones_train_two_steps_and_export(pairs, tmp_path, backbone):
         assert "largest difference of a logit to the model's own: " in done.stdout
 
 
+@pytest.mark.slow
+def test_export_for_many_sizes(trained, tmp_path):
+    """One graph gives the model's logits at the size of each image."""
+    checkpoint, to = trained.results / "checkpoints/last.pth", tmp_path / "model.onnx"
+    words = ("--checkpoint", checkpoint, "--format", "onnx", "--to", to, "--dynamic-size", "--image-size", "160")
+    done = start("scripts/export.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "one image with sides of 160 and more pixels, multiples of 32; compared at 192 x 384, 160 x 416" in done.stdout
+    )
+    said = "\nevaluation brings images within 128 x 64 pixels" if done.stdout[0] != "e" else "evaluation brings images"
+    assert said in done.stdout
+    done = start("scripts/export.py", *words, "--int8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--int8 is for classifiers" in done.stderr
+
+
 def test_export_for_timm_is_refused(trained, tmp_path):
     words = ("--checkpoint", trained.results / "checkpoints/last.pth", "--format", "hf", "--to", tmp_path / "out")
     done = start("scripts/export.py", *words)

@@ -158,6 +158,20 @@ def test_features_only_prunes_what_it_does_not_need():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_head_for_what_is_left():
+    """Where stages are removed the old head goes too, and a new one is as wide as the last map that is kept."""
+    model, images = timm.create_model("crossformer_micro", num_classes=7).eval(), torch.randn(2, 3, 64, 96)
+    logits = model(images)
+    assert model.prune_intermediate_layers([3], prune_head=False) == [3]
+    assert torch.equal(model(images), logits)
+    assert model.prune_intermediate_layers([1], prune_head=False) == [1]
+    assert (model.num_features, model.head_hidden_size, model.num_classes) == (64, 64, 0)
+    assert torch.equal(model(images), model.forward_features(images))
+    for pool, width in (("avg", 64), ("catavgmax", 128)):
+        model.reset_classifier(5, pool)
+        assert (model(images).shape, model.head_hidden_size) == ((2, 5), width)
+
+
 def test_filter_takes_off_prefixes_and_computed_buffers():
     tensor = torch.zeros(1)
     keys = ["module.norm.weight", "backbone.norm.bias", "layers.0.blocks.0.attn.biases", "module.backbone.head.bias"]

@@ -22,7 +22,7 @@ def pins(name: str) -> dict[str, Version]:
     return {canonicalize_name(package): Version(version) for package, version in pairs}
 
 
-FILES = ("requirements.txt", "requirements-quickstart.txt", "requirements-dev.txt")
+FILES = ("requirements.txt", "requirements-quickstart.txt", "requirements-dev.txt", "requirements-tools.txt")
 REQUIRED = [Requirement(line) for name in FILES for line in lines(name)]
 ALLOWED = {canonicalize_name(requirement.name): requirement for requirement in REQUIRED}
 
@@ -44,7 +44,7 @@ def test_the_package_allows_what_the_trainer_allows():
         assert requirement.specifier == ALLOWED[canonicalize_name(requirement.name)].specifier, requirement.name
 
 
-EXTRAS = {"onnxruntime", "wandb", "nvidia", "triton"}
+EXTRAS = {"onnx", "onnxruntime", "wandb", "nvidia", "triton"}
 """What is imported only where somebody asks for it, with an error of our own where it is missing; and Triton, which
 comes with torch's builds for GPUs."""
 

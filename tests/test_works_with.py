@@ -34,6 +34,19 @@ def linear_layers(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if type(module) is nn.Linear]
 
 
+# ---- timm's programs
+
+
+@pytest.mark.slow
+def test_what_timms_programs_do(digits, tmp_path):
+    """Train, carry on, validate, average and export, by timm's functions in a program that knows only the name."""
+    done = start(ROOT / "tests" / "as_timms_programs_do.py", digits, tmp_path, fresh=True, TORCH_BACKEND="crossformer")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 30
+    for name in ("legacy", "dynamo"):
+        assert (tmp_path / f"{name}.onnx").stat().st_size > 5e6
+
+
 # ---- hooks and what else replaces a module
 
 

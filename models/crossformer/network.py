@@ -227,14 +227,18 @@ class CrossFormer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps of ``indices`` do not need; returns the indices, counted from the front."""
+        """Remove what the maps of ``indices`` do not need; returns the indices, counted from the front.
+
+        With stages the head goes too, as its width is that of the last; :meth:`reset_classifier` makes one that fits.
+        """
         taken = _choose(len(self.layers), indices)
         cut = max(taken) < len(self.layers) - 1
         self.layers = self.layers[: max(taken) + 1]
         self.layers[-1].downsample = nn.Identity()
         if prune_norm or cut:
             self.norm = nn.Identity()
-        if prune_head:
+        self.num_features = self.feature_info[max(taken)]["num_chs"]
+        if prune_head or cut:
             self.reset_classifier(0, "")
         return taken
 
