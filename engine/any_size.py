@@ -85,8 +85,8 @@ def range_around(model: nn.Module, name: str, size: tuple[int, int]) -> SizeRang
     if found is None or found.least == found.most:
         several = "; ".join(one.describe() for one in ranges if one.least != one.most)
         raise UserError(
-            f"--dynamic-size: one graph of {name} takes images whose sides are multiples of {STEP} from one of these: "
-            f"{several}; choose --image-size among them, not {size[0]} x {size[1]}, or leave out --dynamic-size"
+            f"--dynamic-size: one graph of {name} takes images with both sides multiples of {STEP} from the same one "
+            f"of these: {several}; choose --image-size among them, not {size[0]} x {size[1]}, or leave the flag out"
         )
     return found
 
@@ -146,4 +146,6 @@ def check_in_onnx(path: Path, sizes: SizeRange) -> None:
         onnx.compose.add_prefix(check, "size_", rename_inputs=False, rename_nodes=False), model,
         io_map=[("size_of_right_size", "images")],
     )  # fmt: skip
+    del joined.opset_import[:]
+    joined.opset_import.extend(model.opset_import)  # of both: the same one twice
     onnx.save(joined, path)

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -276,20 +277,9 @@ def describe_taken(source: Source, batches: list[Tensor]) -> str:
 def make(source: Source, path: Path) -> None:
     """Write the format that is wanted, compare and time it; what is found is printed."""
     name, model, batches = source.wanted.form, source.graph(), batches_to_compare(source)
-    try:
-        with in_silence():
-            exported = FORMATS[name](source, path)
-            differences = compare(source, [(model(images), exported(images)) for images in batches])
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"--format {name}: its packages do not fit torch {torch.__version__} ({error}); "
-            "pip install --upgrade onnx onnxscript onnxruntime"
-        ) from error
-    except Exception as error:  # an exporter meets arbitrary models and fails in arbitrary ways
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error
+    with in_silence():
+        exported = FORMATS[name](source, path)
+        differences = compare(source, [(model(images), exported(images)) for images in batches])
     for line in left_to_the_caller(source):
         print(line)
     print(f"{source.trained.config.MODEL.NAME} as {name} takes {describe_taken(source, batches)}")
@@ -302,6 +292,24 @@ def make(source: Source, path: Path) -> None:
         print_speeds(len(images), images_per_second([exported, model], images), "the model")
 
 
+@contextmanager
+def naming_failures(source: Source) -> Iterator[None]:
+    """Raise a :class:`UserError` for whatever goes wrong in the block."""
+    name = source.wanted.form
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"--format {name}: its packages do not fit torch {torch.__version__} ({error}); "
+            "pip install --upgrade onnx onnxscript onnxruntime"
+        ) from error
+    except Exception as error:  # an exporter meets arbitrary models and fails in arbitrary ways
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{source.path} cannot be exported as {name}: {reason}") from error
+
+
 def print_speeds(batch: int, speeds: list[float], other: str) -> None:
     there, here = speeds
     print(f"images/s, {batch} at a time: {there:.1f}, {other} {here:.1f}, ratio {there / here:.2f}")
@@ -311,7 +319,7 @@ def make_int8(source: Source, path: Path, validation: Validation) -> None:
     """Let the ONNX file at ``path`` give way to one that computes in int8; what is found is printed."""
     wanted, in_float = source.wanted, path.with_name("float.onnx")
     os.replace(path, in_float)
-    print(quantise(in_float, path, validation))
+    print(*validation.notes, quantise(in_float, path, validation), sep="\n")
     add_metadata(path, source.metadata() | {"quantisation": json.dumps("int8")})
     sizes = [file.stat().st_size / 2**20 for file in (path, in_float)]
     print(f"the file has {sizes[0]:.1f} MiB, in float {sizes[1]:.1f} MiB")
@@ -361,9 +369,10 @@ def export(trained: TrainedModel, path: str, wanted: Wanted, target: Path) -> No
         near = target if target.is_dir() else next(folder for folder in target.parents if os.path.lexists(folder))
         with TemporaryDirectory(prefix=".export-", dir=near) as folder:
             written = Path(folder, "exported" + SUFFIXES[wanted.form])
-            make(source, written)
-            if validation:
-                make_int8(source, written, validation)
+            with naming_failures(source):
+                make(source, written)
+                if validation:
+                    make_int8(source, written, validation)
             (target if as_folder else target.parent).mkdir(parents=True, exist_ok=True)
             for file in [*written.iterdir()] if as_folder else [written]:
                 let_others_read(file)

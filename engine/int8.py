@@ -10,6 +10,7 @@ from config import build_config, flatten
 from engine.evaluate import evaluate
 from engine.exported import Graph, open_onnx
 from engine.precision import choose_precision
+from models import load_weights
 from tasks import build_task
 from tasks.trained import TrainedModel
 from utils import checkpoint
@@ -29,11 +30,13 @@ class Sampled(Graph):
 
     def __init__(self, run: Any, batch: int | None, images_in_all: int):
         super().__init__(run, batch)
-        self.every, self.asked, self.kept = max(1, images_in_all // CALIBRATION_IMAGES), 0, []  # type: ignore[var-annotated]
+        self.wanted = {i * images_in_all // CALIBRATION_IMAGES for i in range(CALIBRATION_IMAGES)}
+        self.asked = 0
+        self.kept: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """As that of :class:`engine.exported.Graph`."""
-        self.kept += images[-self.asked % self.every :: self.every].clone()
+        self.kept += [image.clone() for i, image in enumerate(images, start=self.asked) if i in self.wanted]
         self.asked += len(images)
         return super().forward(images)
 
@@ -48,7 +51,7 @@ class Validation:
         size: height and width that the graph takes.
 
     Raises:
-        UserError: there is no such data.
+        UserError: there is no such data, or it has other classes.
     """
 
     def __init__(self, trained: TrainedModel, path: str, data_path: str, size: tuple[int, int]):
@@ -57,7 +60,9 @@ class Validation:
         given += [("DATA.DATA_PATH", data_path, "--data-path")] if data_path else []
         config, cpu = build_config(flags=given), torch.device("cpu")
         self.task = build_task(config, cpu)
-        self.loader, _ = self.task.eval_loader(checkpoint.read(path), trained.model.state_dict(), path)
+        weights = trained.model.state_dict()
+        self.loader, self.notes = self.task.eval_loader(checkpoint.read(path), weights, path)
+        load_weights(self.task.model(), weights, path, allow_new_head=False)
         self.precision = choose_precision(config, cpu)
 
     def top1(self, graph: Graph) -> float:
@@ -81,11 +86,14 @@ def quantise(file: Path, to: Path, validation: Validation) -> str:
     run, batch, _ = open_onnx(str(file))
     sampled = Sampled(run, batch, len(index))
     before = validation.top1(sampled)
-    images = torch.stack(sampled.kept[:CALIBRATION_IMAGES])
+    images = torch.stack(sampled.kept)
     write_quantised(file, to, images, batch)
     after = validation.top1(Graph(*open_onnx(str(to))[:2]))
     if after < before - MOST_POINTS_LOST:
-        raise UserError(f"int8 answers {after:.2f} % of {index.root} right, float {before:.2f} %")
+        raise UserError(
+            f"int8 answers {after:.2f} % of the images of {index.root} right, float {before:.2f} %: more than "
+            f"{MOST_POINTS_LOST:g} points are lost, so nothing is written; leave out --int8"
+        )
     on = f"{sampled.asked:,} images"
     return f"top-1 on {on}: int8 {after:.2f}, float {before:.2f} (calibrated on {len(images):,} of them)"
 

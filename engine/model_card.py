@@ -24,7 +24,7 @@ def model_card(trained: TrainedModel, path: str, size: tuple[int, int], licence:
     return f"""---
 library_name: timm
 pipeline_tag: image-classification
-{f"license: {licence}{chr(10)}" * bool(licence)}tags: [image-classification, timm{", crossformer" * ours}]
+{yaml.safe_dump({"license": licence}) if licence else ""}tags: [image-classification, timm{", crossformer" * ours}]
 ---
 
 # {name}

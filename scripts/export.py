@@ -4,6 +4,7 @@ What was written is loaded again and must give the same logits as the model; onl
 """
 
 import argparse
+import re
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -50,6 +51,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--data-path is for --int8, which looks at validation images")
     if given.license and given.format != "hf":
         parser.error("--license is for --format hf, which writes a card")
+    if not re.fullmatch(r"([a-z0-9][a-z0-9.+-]*)?", given.license):
+        parser.error(f"--license {given.license!r}: give it as the hub does, for example apache-2.0 or cc-by-nc-4.0")
     if given.format == "onnx" and not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
         raise UserError("--format onnx needs packages that are missing: pip install onnx onnxscript onnxruntime")
     return given

@@ -43,7 +43,9 @@ def test_sizes_to_trace_and_to_compare():
 def test_a_size_without_a_range_is_refused(size):
     with pytest.raises(UserError) as refused:
         range_around(timm.create_model("crossformer_micro"), "crossformer_micro", size)
-    assert "multiples of 32 from one of these: 96 to 128; 160 and more; choose --image-size" in str(refused.value)
+    assert "multiples of 32 from the same one of these: 96 to 128; 160 and more; choose --image-size" in str(
+        refused.value
+    )
     assert f"{size[0]} x {size[1]}" in str(refused.value)
 
 

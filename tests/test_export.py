@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import yaml
 from commands import start
 from conftest import ROOT
 from PIL import Image
@@ -137,7 +138,7 @@ def test_a_licence_is_the_one_that_was_chosen(tmp_path):
     chosen = ["--license", "apache-2.0", "--to", str(folder)]
     assert export.main(["--checkpoint", file, "--format", "hf", *chosen]) == 0
     card = (folder / "README.md").read_text()
-    assert "\nlicense: apache-2.0\n" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert "has not said" not in card
     assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == "apache-2.0"
 
@@ -249,6 +250,7 @@ MISTAKES = {
     "{tmp}/best.pth --format torch_export --int8": "--int8 is for --format onnx",
     "{tmp}/best.pth --format onnx --data-path x": "--data-path is for --int8",
     "{tmp}/best.pth --format onnx --license mit": "--license is for --format hf",
+    "{tmp}/best.pth --format hf --license odd:text": "--license 'odd:text': give it as the hub does",
     "{tmp}/best.pth --format torch_export --to {tmp}": "is there and not to be replaced",
     "{tmp}/best.pth --format hf --to {tmp}": "is there and not to be replaced",
     "{tmp}/best.pth --format safetensors --to {tmp}/best.pth": "is there and not to be replaced",

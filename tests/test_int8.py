@@ -1,5 +1,6 @@
 """Exports that compute in int8."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import write_digits
 from test_export import save_checkpoint
 
 import engine.int8
@@ -60,12 +62,14 @@ def test_int8(checkpoint, digits, tmp_path, capsys, monkeypatch):
 
 
 def test_samples_are_spread_over_all_batches():
-    numbers = torch.arange(1000.0)[:, None, None, None].expand(-1, 3, 1, 1)
-    sampled = Sampled(lambda images: images[:, :, 0, 0], None, len(numbers))
-    for part in numbers.split(7):
-        sampled(part)
-    assert [int(image[0, 0, 0]) for image in sampled.kept] == [*range(0, 1000, 3)]
-    assert sampled.asked == 1000
+    for count, steps in ((1000, {3, 4}), (360, {1, 2}), (100, {1})):
+        numbers = torch.arange(float(count))[:, None, None, None].expand(-1, 3, 1, 1)
+        sampled = Sampled(lambda images: images[:, :, 0, 0], None, len(numbers))
+        for part in numbers.split(7):
+            sampled(part)
+        kept = [int(image[0, 0, 0]) for image in sampled.kept]
+        assert (sampled.asked, len(kept), kept[0]) == (count, min(count, 256), 0)
+        assert {after - before for before, after in itertools.pairwise([*kept, count])} <= steps
 
 
 @pytest.mark.slow
@@ -73,8 +77,28 @@ def test_int8_that_answers_otherwise_leaves_no_file(checkpoint, digits, tmp_path
     monkeypatch.setattr(engine.int8, "MOST_POINTS_LOST", -101.0)
     words = ["--checkpoint", str(checkpoint), "--format", "onnx", "--int8", "--to", str(tmp_path / "x.onnx")]
     assert export.main([*words, "--data-path", str(digits)]) == 2
-    assert re.fullmatch(r"error: int8 answers \S+ % of .* right, float \S+ %\n", capsys.readouterr().err)
+    said = r"error: int8 answers \S+ % of the images of .* right, float \S+ %: .*nothing is written.*\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_int8_for_many_sizes(checkpoint, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine.int8, "MOST_POINTS_LOST", 100.0)
+    words = ["--checkpoint", str(checkpoint), "--format", "onnx", "--int8", "--dynamic-size", "--image-size", "160"]
+    assert export.main([*words, "--data-path", str(digits), "--to", str(tmp_path / "x.onnx")]) == 0, capsys.readouterr()
+    run = open_onnx(str(tmp_path / "x.onnx")).run
+    assert run(torch.randn(1, 3, 192, 256)).shape == (1, 10)
+    with pytest.raises(Exception, match="height_and_width_must_be_multiples_of_32_from_160"):
+        run(torch.randn(1, 3, 128, 256))
+
+
+def test_int8_with_images_of_other_classes(checkpoint, tmp_path, capsys):
+    write_digits(tmp_path / "data" / "val", 3)
+    words = ["--checkpoint", str(checkpoint), "--format", "onnx", "--int8", "--to", str(tmp_path / "x.onnx")]
+    (tmp_path / "data" / "val" / "0").rename(tmp_path / "data" / "val" / "cat")
+    assert export.main([*words, "--data-path", str(tmp_path / "data")]) == 2
+    assert "3 in the data" in capsys.readouterr().err
 
 
 def test_int8_without_images(tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from commands import start
 from conftest import ROOT, quick
 from torch import nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.utils import parametrize, prune
 
 NARROW = dict(num_classes=5, amplitude_cooling=True, depths=(1, 4, 1, 1), group_size=(4, 4, 4, 2))
@@ -74,6 +74,37 @@ def test_position_bias_of_a_replaced_part_counts(images):
         assert not torch.allclose(with_constant, expected)
         pos.forward = lambda offsets: torch.zeros(len(offsets), 1)
         torch.testing.assert_close(model(images), with_constant)  # a constant bias takes nothing from anybody
+
+
+@pytest.mark.parametrize("recomputed", ["none", "full", "selective"])
+def test_hooks_of_attention_and_mlp_count_in_training(images, recomputed):
+    """Here with one that doubles what comes out."""
+    model = network().train()
+    if recomputed != "none":
+        model.set_grad_checkpointing(True, selective=recomputed == "selective")
+    plain, block = model(images), model.layers[1].blocks[1]
+    block.attn.register_forward_hook(lambda _, __, out: 2 * out)
+    doubled = model(images)
+    assert not torch.allclose(doubled, plain)
+    block.mlp.register_forward_hook(lambda _, __, out: 2 * out)
+    again = model(images)
+    assert not torch.allclose(again, doubled)
+    again.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_norms_in_single_precision_and_a_head_less(images):
+    """Weights that cannot be stacked are evaluated one by one."""
+    model = network().bfloat16()
+    expected = model(images.bfloat16())
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    torch.testing.assert_close(model(images.bfloat16()), expected, atol=0.05, rtol=0.05)
+    model = timm.create_model("crossformer_micro", num_classes=5).eval()
+    attn = model.layers[1].blocks[0].attn
+    attn.num_heads, attn.pos.pos3[2] = 1, nn.Linear(attn.pos.pos3[2].in_features, 1)
+    assert model(images).shape == (3, 5)
 
 
 class Low(nn.Module):
@@ -172,14 +203,47 @@ def test_an_ensemble_at_once(images):
 
 
 def test_functional_calls_remember_nothing_of_each_other(images):
-    """Parameters that come and go may lie where others lay."""
+    """Weights that are parts of a vector, as in evolution strategies: the next vector lies where the last one lay."""
     model = network()
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+    sizes = [shape.numel() for shape in shapes.values()]
+
+    def answer(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        vector = nn.utils.parameters_to_vector(model.parameters()) + 0.3 * torch.randn(sum(sizes), generator=generator)
+        parts = zip(shapes.items(), vector.split(sizes), strict=True)
+        return functional_call(model, {key: part.view(shape) for (key, shape), part in parts}, (images,))
+
     with torch.no_grad():
-        for seed in (1, 2, 3):
-            other = network(seed)
-            given = {key: parameter.detach().clone() for key, parameter in other.named_parameters()}
-            assert torch.equal(functional_call(model, given, (images,)), other(images))
-            del given
+        found = [answer(seed) for seed in range(4)]
+        for seed in range(4):
+            model.eval()
+            assert torch.equal(found[seed], answer(seed))
+
+
+def test_a_step_between_two_evaluations_counts(images):
+    """Also of a fused optimizer, which does not count its writes, for a model that trains in evaluation mode."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        model(images).square().sum().backward()
+        with torch.no_grad():
+            model(images)
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(model(images), copy.deepcopy(model)(images))
+        optimizer.zero_grad()
+
+
+def test_gradients_by_the_pixels(images):
+    """With trainable parameters, backwards and forwards."""
+    model = network()
+    images.requires_grad_()
+    (expected,) = torch.autograd.grad(model(images).sum(), images)
+    torch.testing.assert_close(grad(lambda x: model(x).sum())(images.detach()), expected)
+    direction = torch.randn_like(expected)
+    _, along = jvp(lambda x: model(x).sum(), (images.detach(),), (direction,))
+    torch.testing.assert_close(along, (expected * direction).sum(), atol=1e-4, rtol=1e-4)
 
 
 # ---- sharding by others

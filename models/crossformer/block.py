@@ -13,7 +13,7 @@ from timm.layers import Mlp, register_notrace_module
 from torch import Tensor, nn
 
 from .fusion import LayerNorm, add_branch, fused_attention, is_fused
-from .grouping import Grouping, size_of
+from .grouping import Grouping, is_transformed, size_of
 from .position_bias import (
     BiasCache,
     DynamicPositionBias,
@@ -79,7 +79,7 @@ class CrossScaleAttention(nn.Module):
         bias = mask_keys(bias, grouping)
         if grouping.is_padded:
             bias = align_rows(bias.repeat(batch, 1, 1, 1))
-        if bias.requires_grad and not bias.is_cuda and not torch.jit.is_tracing():
+        if (bias.requires_grad or is_transformed()) and not bias.is_cuda and not torch.jit.is_tracing():
             tokens = explicit_attention(q, k, v, bias)
         else:
             tokens = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -150,6 +150,8 @@ class CrossFormerBlock(nn.Module):
         """``(B, H, W, C)`` to that of the images that keep it, ``(computed, H, W, C)``."""
         if not (self.recompute == "selective" and self.training):
             return self.attn(self.norm1(x, drawn, for_product=True), grouping, bias)
+        if not is_plain(self.attn, CrossScaleAttention):
+            return recomputed(lambda x: self.attn(self.norm1(x, drawn, for_product=True), grouping, bias), x)
         bias = self.attn.position_bias(x, grouping) if bias is None else bias
         qkv = recomputed(lambda x: self.attn.project(self.norm1(x, drawn, for_product=True), grouping), x)
         return recomputed(self.attn.attend, qkv, grouping, bias, picked(x, drawn))
@@ -158,6 +160,8 @@ class CrossFormerBlock(nn.Module):
         """``(B, H, W, C)`` to that of the images that keep it, ``(computed, H, W, C)``."""
         if not (self.recompute == "selective" and self.training):
             return self.mlp(self.norm2(x, drawn, for_product=True))
+        if not is_plain(self.mlp, Mlp):
+            return recomputed(lambda x: self.mlp(self.norm2(x, drawn, for_product=True)), x)
         hidden = recomputed(lambda x: self.mlp.fc1(self.norm2(x, drawn, for_product=True)), x)
         return recomputed(lambda hidden: self.mlp.fc2(self.mlp.act(hidden)), hidden)
 
@@ -204,9 +208,10 @@ class Blocks(nn.ModuleList):
         for block in self:
             if type(block) is not CrossFormerBlock or not is_plain(block.attn, CrossScaleAttention):
                 return [None] * len(self)
-            if not may_be_read(block.attn.pos):
-                return [None] * len(self)
-        return self.bias_cache.biases([block.attn.pos for block in self], groupings, dtype)
+        mlps = [block.attn.pos for block in self]
+        if not may_be_read(mlps):
+            return [None] * len(self)
+        return self.bias_cache.biases(mlps, groupings, dtype)
 
 
 class Stage(nn.Module):

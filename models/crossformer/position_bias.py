@@ -52,8 +52,7 @@ def evaluate_together(mlps: Sequence[DynamicPositionBias], offsets: Tensor) -> T
 
     One after the other they would take as many kernels each, and all of these are too small to keep a GPU busy.
     """
-    # As attributes, which is how replicas and reparametrised modules have them; the dict of parameters may be empty
-    of_each = [[t for layer in mlp.layers for t in (layer.weight, layer.bias)] for mlp in mlps]
+    of_each = [parameters_of(mlp) for mlp in mlps]
     flat = torch.cat([t.flatten() for tensors in of_each for t in tensors])
     # Split and not sliced: the gradient is then put together in one go
     parts = flat.view(len(mlps), -1).split([t.numel() for t in of_each[0]], dim=1)
@@ -87,16 +86,31 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooks and "forward" not in vars(module)
 
 
-def may_be_read(mlp: DynamicPositionBias) -> bool:
-    """Whether the MLP can be evaluated from its parameters, without calling it and its parts."""
-    if not is_plain(mlp, DynamicPositionBias) or not is_plain(mlp.pos_proj, nn.Linear):
-        return False
-    for part in (mlp.pos1, mlp.pos2, mlp.pos3):
-        kinds = nn.LayerNorm, nn.ReLU, nn.Linear
-        if not is_plain(part, nn.Sequential) or not all(map(is_plain, part, kinds)):
+def may_be_read(mlps: Sequence[DynamicPositionBias]) -> bool:
+    """Whether the MLPs can be evaluated together from their parameters, without calling them and their parts."""
+    for mlp in mlps:
+        if not is_plain(mlp, DynamicPositionBias) or not is_plain(mlp.pos_proj, nn.Linear):
             return False
-    tensors = (tensor for layer in mlp.layers for tensor in (layer.weight, layer.bias))
-    return not any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)  # as sharded and quantised ones have
+        for part in (mlp.pos1, mlp.pos2, mlp.pos3):
+            kinds = nn.LayerNorm, nn.ReLU, nn.Linear
+            if not is_plain(part, nn.Sequential) or not all(map(is_plain, part, kinds)):
+                return False
+    if torch.jit.is_tracing():
+        return False  # what is read here would be recorded
+    tensors = [parameters_of(mlp) for mlp in mlps]
+    if any(hasattr(tensor, "__tensor_flatten__") for of_one in tensors for tensor in of_one):
+        return False  # as sharded and quantised ones have
+    shapes = [[tensor.shape for tensor in of_one] for of_one in tensors]
+    dtypes = {tensor.dtype for of_one in tensors for tensor in of_one}
+    return len(dtypes) == 1 and all(of_one == shapes[0] for of_one in shapes)
+
+
+def parameters_of(mlp: DynamicPositionBias) -> list[Tensor]:
+    """The weight and the bias of each layer, in order.
+
+    As attributes, which is how replicas and reparametrised modules have them; the dict of parameters may be empty.
+    """
+    return [tensor for layer in mlp.layers for tensor in (layer.weight, layer.bias)]
 
 
 def position_bias(mlp: nn.Module, grouping: Grouping, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,12 +154,14 @@ class BiasCache:
     """Keeps the last position biases of a stage that were computed in evaluation without gradients.
 
     They are computed anew when the shapes of the groups, the precision or the weights change. A write through
-    ``parameter.data`` that keeps the storage cannot be seen: call ``model.eval()``, which empties the cache, after it.
+    ``parameter.data`` or an array of numpy's that keeps the storage cannot be seen: call ``model.eval()``, which
+    empties the cache, after it.
     """
 
     def __init__(self) -> None:
-        self.entry: tuple[tuple, list[Tensor]] | None = None
-        """What it was computed of, and the biases: one object, since replicas of a model share a cache."""
+        self.entry: tuple[tuple, list[Tensor], list[Tensor]] | None = None
+        """What it was computed of, the biases, and the weights, whose memory thus is nobody else's: one object, since
+        replicas of a model share a cache."""
 
     def __reduce__(self):
         return BiasCache, ()  # a copy of a model has nothing yet
@@ -162,11 +178,14 @@ class BiasCache:
         if torch.is_grad_enabled():
             self.clear()  # an optimizer's step may follow, and a fused one leaves the count of writes as it is
             return position_biases(mlps, groupings, dtype)
-        weights = [t for mlp in mlps for layer in mlp.layers for t in (layer.weight, layer.bias)]
+        weights = [t for mlp in mlps for t in parameters_of(mlp)]
+        if any(t.grad is not None for t in weights):
+            return position_biases(mlps, groupings, dtype)  # that step may follow
         # torch's count of the writes to a tensor has no public name
         versions = tuple((t.data_ptr(), t._version) for t in weights)
         key = (tuple(grouping.shape for grouping in groupings), dtype, weights[0].device, versions)
         entry = self.entry
         if entry is None or entry[0] != key:
-            entry = self.entry = key, position_biases(mlps, groupings, dtype)
+            biases = position_biases(mlps, groupings, dtype)
+            entry = self.entry = key, biases, [t.detach() for t in weights]
         return entry[1]
