@@ -22,7 +22,7 @@ CALIBRATION_IMAGES = 256
 CALIBRATION_BATCH = 16
 PRODUCTS = "Conv", "MatMul", "Gemm"
 MOST_POINTS_LOST = 5.0
-"""With int8 that costs more of top-1 something is wrong, and no file is written."""
+"""With int8 that costs more something is wrong, and no file is written."""
 
 
 class Sampled(Graph):
@@ -65,8 +65,9 @@ class Validation:
         load_weights(self.task.model(), weights, path, allow_new_head=False)
         self.precision = choose_precision(config, cpu)
 
-    def top1(self, graph: Graph) -> float:
-        return evaluate(graph, self.loader, self.precision, self.task.evaluator())["top1"]
+    def score(self, graph: Graph) -> float:
+        """The metric that the best weights go by, in percent."""
+        return evaluate(graph, self.loader, self.precision, self.task.evaluator())[self.task.best_is]
 
 
 def quantise(file: Path, to: Path, validation: Validation) -> str:
@@ -85,17 +86,17 @@ def quantise(file: Path, to: Path, validation: Validation) -> str:
     index = validation.loader.dataset.index
     run, batch, _ = open_onnx(str(file))
     sampled = Sampled(run, batch, len(index))
-    before = validation.top1(sampled)
+    before = validation.score(sampled)
     images = torch.stack(sampled.kept)
     write_quantised(file, to, images, batch)
-    after = validation.top1(Graph(*open_onnx(str(to))[:2]))
+    after = validation.score(Graph(*open_onnx(str(to))[:2]))
     if after < before - MOST_POINTS_LOST:
         raise UserError(
-            f"int8 answers {after:.2f} % of the images of {index.root} right, float {before:.2f} %: more than "
+            f"{validation.task.best_title} on {index.root}: int8 {after:.2f}, float {before:.2f}; more than "
             f"{MOST_POINTS_LOST:g} points are lost, so nothing is written; leave out --int8"
         )
-    on = f"{sampled.asked:,} images"
-    return f"top-1 on {on}: int8 {after:.2f}, float {before:.2f} (calibrated on {len(images):,} of them)"
+    what = f"{validation.task.best_title} on {sampled.asked:,} images"
+    return f"{what}: int8 {after:.2f}, float {before:.2f} (calibrated on {len(images):,} of them)"
 
 
 def write_quantised(file: Path, to: Path, images: Tensor, batch: int | None) -> None:

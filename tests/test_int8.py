@@ -77,7 +77,7 @@ def test_int8_that_answers_otherwise_leaves_no_file(checkpoint, digits, tmp_path
     monkeypatch.setattr(engine.int8, "MOST_POINTS_LOST", -101.0)
     words = ["--checkpoint", str(checkpoint), "--format", "onnx", "--int8", "--to", str(tmp_path / "x.onnx")]
     assert export.main([*words, "--data-path", str(digits)]) == 2
-    said = r"error: int8 answers \S+ % of the images of .* right, float \S+ %: .*nothing is written.*\n"
+    said = r"error: top-1 on .*: int8 \S+, float \S+; .* points are lost, so nothing is written.*\n"
     assert re.fullmatch(said, capsys.readouterr().err)
     assert not [*tmp_path.iterdir()]
 
