@@ -3,6 +3,7 @@
 import json
 import re
 
+import onnx
 import onnxruntime
 import pytest
 import timm
@@ -10,7 +11,7 @@ import torch
 from conftest import quick
 from test_export import load_graph, save_checkpoint
 
-from engine.any_size import SizeRange, range_around, ranges_of
+from engine.any_size import OfMultiples, SizeRange, check_in_onnx, range_around, ranges_of
 from scripts import export
 from tasks.trained import load_trained
 from utils.errors import UserError
@@ -47,6 +48,37 @@ def test_a_size_without_a_range_is_refused(size):
         refused.value
     )
     assert f"{size[0]} x {size[1]}" in str(refused.value)
+
+
+OTHERS_OF_96_TO_160 = (64, 96), (96, 192), (96, 112), (192, 160), (97, 128)
+
+
+def test_check_in_onnx(tmp_path):
+    """Before a graph that does nothing: both limits and the step."""
+    path, sizes = tmp_path / "nothing.onnx", SizeRange(96, 160)
+    kind = "float[batch, 3, height, width]"
+    head = '<ir_version: 10, opset_import: ["": 20]>'
+    onnx.save(
+        onnx.parser.parse_model(f"{head} nothing ({kind} images) => ({kind} same) {{ same = Identity (images) }}"), path
+    )
+    check_in_onnx(path, sizes)
+    graph = load_graph(path)
+    images = torch.randn(2, 3, 96, 160)
+    assert torch.equal(graph(images), images)
+    for shape in OTHERS_OF_96_TO_160:
+        with pytest.raises(Exception, match="height_and_width_must_be_multiples_of_32_from_96_to_160"):
+            graph(torch.randn(1, 3, *shape))
+
+
+def test_check_in_torch_export():
+    """The same; torch alone takes multiples on trust."""
+    shapes = ({0: torch.export.Dim("batch"), **SizeRange(96, 160).dynamic_shape()},)
+    program = torch.export.export(OfMultiples(torch.nn.ReLU()), (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes)
+    graph, images = program.module(), torch.randn(2, 3, 96, 160)
+    assert torch.equal(graph(images), images.relu())
+    for shape in OTHERS_OF_96_TO_160:
+        with pytest.raises(Exception, match="Guard failed|is invalid for input"):
+            graph(torch.randn(1, 3, *shape))
 
 
 SIZES = {

@@ -20,6 +20,7 @@ from safetensors import safe_open
 import engine.export
 import predict
 from config import build_config
+from engine.model_card import run_settings
 from models import build_model
 from models.crossformer import VARIANTS
 from scripts import export
@@ -124,6 +125,7 @@ def test_a_folder_for_timm_and_the_hub(tmp_path):
     assert card.startswith("---\nlibrary_name: timm\npipeline_tag: image-classification\ntags: [image-")
     assert "Its author has not said under which licence it may be used." in card
     assert "license" not in (folder / "config.json").read_text()
+    assert "num_classes" not in json.loads((folder / "config.json").read_text())["model_args"]
     assert "- top1: 87.6543\n" in card
     (tmp_path / "run.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
     assert build_config(str(tmp_path / "run.yaml")).dump() == torch.load(file)["config"]
@@ -131,6 +133,12 @@ def test_a_folder_for_timm_and_the_hub(tmp_path):
     snippet, paths = card.partition("```python\n")[2].partition("```")[0], {"PYTHONPATH": str(ROOT / "models")}
     done = subprocess.run([sys.executable, "-c", snippet], cwd=folder, env=os.environ | paths, stdout=subprocess.PIPE)
     assert done.stdout.decode().strip() in trained.classes
+
+
+def test_the_card_names_no_path_of_the_run(tmp_path):
+    settings = run_settings(save_checkpoint(tmp_path / "best.pth", **{"DATA.DATA_PATH": "/home/me/secret"}))
+    assert "secret" not in settings
+    assert "crossformer_micro" in settings
 
 
 def test_a_licence_is_the_one_that_was_chosen(tmp_path):

@@ -53,6 +53,11 @@ def test_int8(checkpoint, digits, tmp_path, capsys, monkeypatch):
     small = [w for name, w in weights.items() if w.dtype == np.int8 and name.endswith("_quantized")]
     assert len(small) == len(products) - len(in_float)
     assert max(np.abs(w.astype(int)).max() for w in small) <= 64  # 7 bits
+    convolutions = {
+        node.input[1].replace("_DequantizeLinear_Output", "") for node in products if node.op_type == "Conv"
+    }
+    scales = {name: len(weights[f"{name}_scale"]) for name in convolutions}
+    assert scales == {name: len(weights[f"{name}_quantized"]) for name in convolutions}  # one for each output channel
     assert json.loads(open_onnx(str(to)).texts["quantisation"]) == "int8"
     images = torch.randn(64, 3, 32, 32)
     with torch.no_grad():
