@@ -154,20 +154,22 @@ class BiasCache:
     """Keeps the last position biases of a stage that were computed in evaluation without gradients.
 
     They are computed anew when the shapes of the groups, the precision or the weights change. A write through
-    ``parameter.data`` or an array of numpy's that keeps the storage cannot be seen: call ``model.eval()``, which
-    empties the cache, after it.
+    ``parameter.data`` or an array of numpy's that keeps the storage cannot be seen, nor a fused optimizer's step on
+    gradients from before the last ``model.eval()``: call that, which empties the cache, after it.
     """
 
     def __init__(self) -> None:
         self.entry: tuple[tuple, list[Tensor], list[Tensor]] | None = None
         """What it was computed of, the biases, and the weights, whose memory thus is nobody else's: one object, since
         replicas of a model share a cache."""
+        self.trains = False
+        """Whether gradients were asked for since the model's mode was set last."""
 
     def __reduce__(self):
         return BiasCache, ()  # a copy of a model has nothing yet
 
     def clear(self) -> None:
-        self.entry = None
+        self.entry, self.trains = None, False
 
     def biases(
         self, mlps: Sequence[DynamicPositionBias], groupings: Sequence[Grouping], dtype: torch.dtype
@@ -176,11 +178,12 @@ class BiasCache:
         if not may_cache() or mlps[0].training or mlps[0].pos_proj.weight.is_inference():
             return position_biases(mlps, groupings, dtype)
         if torch.is_grad_enabled():
-            self.clear()  # an optimizer's step may follow, and a fused one leaves the count of writes as it is
+            self.entry, self.trains = None, True
             return position_biases(mlps, groupings, dtype)
         weights = [t for mlp in mlps for t in parameters_of(mlp)]
-        if any(t.grad is not None for t in weights):
-            return position_biases(mlps, groupings, dtype)  # that step may follow
+        if self.trains and any(t.grad is not None for t in weights):
+            # An optimizer's step may follow, and a fused one leaves the count of writes as it is
+            return position_biases(mlps, groupings, dtype)
         # torch's count of the writes to a tensor has no public name
         versions = tuple((t.data_ptr(), t._version) for t in weights)
         key = (tuple(grouping.shape for grouping in groupings), dtype, weights[0].device, versions)
