@@ -156,11 +156,19 @@ class Optimizer(Section):
     """What turns gradients into steps."""
 
     NAME: str = setting(
-        "adamw", "Method of descent; fused_adam and fused_lamb are NVIDIA apex's",
-        choices=("adamw", "sgd", "fused_adam", "fused_lamb"), on_resume=KEPT)
-    BETAS: list[float] = setting([0.9, 0.999], "Decays of Adam's moving averages", length=2, at_least=0, below=1)
-    EPS: float = setting(1e-8, "What Adam adds to the denominator", at_least=0)
-    MOMENTUM: float = setting(0.9, "Momentum of sgd, with Nesterov's correction", at_least=0, at_most=1)
+        "adamw", "Method of descent: adamw, sgd, any that timm.optim lists (as muon, lion, lamb, adan), "
+        "schedule_free_adamw, _sgd or _radam, or NVIDIA apex's fused_adam and fused_lamb", on_resume=KEPT)
+    BETAS: list[float] = setting(
+        [], "Decays of its moving averages; [] takes its own, which are 0.9 and 0.999 for adamw", at_least=0, below=1,
+        stands_for=[0.9, 0.999])
+    EPS: float = setting(
+        0.0, "What it adds to a denominator; 0 takes its own, which is 1e-8 for adamw", at_least=0, stands_for=1e-8)
+    MOMENTUM: float = setting(
+        -1.0, "Momentum, with Nesterov's correction where sgd has it; -1 takes its own, which is 0.9 for sgd",
+        at_least=0, at_most=1, stands_for=0.9)
+    KWARGS: CfgNode = setting(
+        CfgNode(), "Other arguments of an optimizer of timm's, for example {ns_steps: 6} of muon's, or "
+        "{fallback_list: [head.*]}, the parameters that muon leaves to AdamW")
 
 
 class LrScheduler(Section):

@@ -42,7 +42,7 @@ FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "--use-checkpoint": ("TRAIN.USE_CHECKPOINT", dict(action="store_true", help="recompute to save memory")),
     "--disable_amp": ("AMP", dict(action="store_const", const="none", help="compute in single precision")),
     "--report": ("TEST.REPORT", dict(action="store_true", help="--eval writes tables and a picture of its result")),
-    "--optim": ("TRAIN.OPTIMIZER.NAME", dict(metavar="NAME", help="adamw, sgd, fused_adam or fused_lamb")),
+    "--optim": ("TRAIN.OPTIMIZER.NAME", dict(metavar="NAME", help="adamw, sgd, muon, lion, or another of timm's")),
     "--seed": ("SEED", dict(metavar="N", type=int, help="what every random choice is derived from")),
     "--output": ("OUTPUT", dict(metavar="DIR", help="results go to OUTPUT/MODEL.NAME/TAG")),
     "--tag": ("TAG", dict(metavar="NAME", help="name of the run")),

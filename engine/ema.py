@@ -3,8 +3,10 @@
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from config import Config
+from optimizer import averages
 from utils.compat import move_towards
 from utils.parallel import local
 
@@ -23,6 +25,23 @@ class Ema(ModelEmaV3):
             else:
                 average.copy_(value)
         move_towards(averages, values, (1 - self.get_decay(step)) * finite)
+
+
+class ScheduleFreeAverage(Ema):
+    """The average that a schedule-free optimizer makes, of its state and of the weights that it trains."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer):
+        super().__init__(model)
+        self.optimizer = optimizer
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int, finite: Tensor) -> None:  # type: ignore[override]
+        """Be the average after this step; a step that was skipped has changed nothing that it follows from."""
+        found = averages(self.optimizer)
+        for own, parameter in zip(self.module.parameters(), model.parameters(), strict=True):
+            own.copy_(found.get(parameter, parameter))
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)
 
 
 def build_ema(config: Config, model: nn.Module) -> Ema | None:

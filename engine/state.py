@@ -121,10 +121,7 @@ class TrainState:
         if self.ema:
             average = choose(weights, "ema", path)[1]
             load_weights(self.ema.module, average, f"the moving average in {path}", allow_new_head=False)
-        configured = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(optimizer_state)
-        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)  # weight decay and the like come from the config, not from the file
+        self.optimizer.load_state_dict(optimizer_state)  # weight decay and the like in it are the config's
         self.scaler.load_state_dict(scale or self.scaler.state_dict())
         self.step, self.best = content["step"], content["best"]
         self.evaluated_step = content["evaluated_step"]

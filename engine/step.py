@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from data.loading import Batch
 from engine.model import begin_step
 from engine.precision import Precision
+from optimizer import step_if
 from tasks import Task
 from utils import parallel
-from utils.compat import skips_by_itself, tell_found_inf
 from utils.distributed import rank
 from utils.randomness import seed_everything
 
@@ -94,11 +94,7 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         grad_norm = parallel.clip_grad_norm(self.parameters, self.max_norm)
         finite = torch.isfinite(grad_norm)
-        if skips_by_itself(self.optimizer):
-            tell_found_inf(self.optimizer, ~finite)
-            self.scaler.step(self.optimizer)
-        elif finite:  # apex's optimizers need the host to decide
-            self.scaler.step(self.optimizer)
+        step_if(finite, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         return StepResult(loss, terms, grad_norm, finite.float())

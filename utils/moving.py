@@ -178,7 +178,7 @@ OF_TIMM: dict[str, Counterpart] = {
     "layer_decay": to("TRAIN.LAYER_DECAY", none=1.0),
     "layer_decay_min_scale": only(0, None, instead=NO_COUNTERPART),
     "layer_decay_no_opt_scale": only(None, instead=NO_COUNTERPART),
-    "opt_kwargs": only({}, None, instead="TRAIN.OPTIMIZER.*"),
+    "opt_kwargs": to("TRAIN.OPTIMIZER.KWARGS", none={}),
     "opt_foreach": needless("the fastest form is chosen"),
     "sched": to("TRAIN.LR_SCHEDULER.NAME"),
     "sched_on_updates": needless(STEPS),

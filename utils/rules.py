@@ -15,6 +15,8 @@ TASK_OF_HEAD = {
 }  # fmt: skip
 """What may be put on a model."""
 HEADS_WITH_MASKS = "mask_rcnn", "cascade_mask_rcnn"
+SHARDED_BY = "adamw", "sgd"
+"""Optimizers whose steps are the same on a share of each parameter, and which skip by themselves."""
 DETECTOR = "mask_rcnn"
 """The head of detection where none is named."""
 CROSSFORMERS = {
@@ -48,8 +50,8 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse("TRAIN.SHARD", "does not go with TRAIN.AUTO_MICRO_BATCH; set that to False")
         if config.TRAIN.COMPRESS_GRADIENTS != "none":
             refuse("TRAIN.COMPRESS_GRADIENTS", "is for whole models; sharded ones follow AMP")
-        if config.TRAIN.OPTIMIZER.NAME.startswith("fused_"):
-            refuse("TRAIN.SHARD", "does not go with apex's optimizers; use adamw or sgd")
+        if config.TRAIN.OPTIMIZER.NAME not in SHARDED_BY:
+            refuse("TRAIN.SHARD", f"does not go with {config.TRAIN.OPTIMIZER.NAME}; use {' or '.join(SHARDED_BY)}")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
     if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):
