@@ -25,6 +25,7 @@ from engine.run import Run
 from engine.state import TrainState
 from engine.step import TrainStep
 from engine.stopping import Stopped, StopRequest
+from engine.teaching import check_teacher
 from lr_scheduler import build_scheduler, rate_scale, total_steps
 from models import left_out
 from optimizer import (
@@ -122,9 +123,11 @@ def train_in_folder(
         if config.DATA.ON_BAD_IMAGE == "skip":
             loaders.train.on_bad_image = loaders.val.on_bad_image = log.bad_image
         checkpoints.unwritten = log.unwritten
-        for network in state.candidates().values():
+        for network in (*state.candidates().values(), *filter(None, [task.teacher])):
             compile_in_place(config, network)
         with naming_dead_workers(), naming_out_of_memory():
+            if task.teacher and state.step == 0:
+                log.message(check_teacher(task, loaders.val, precision))
             parts = parts_that_fit(config, task, state, precision) if config.TRAIN.AUTO_MICRO_BATCH else 1
             if parts > 1:
                 log.message(

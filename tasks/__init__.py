@@ -46,10 +46,14 @@ class Task(Protocol):
     Attributes:
         best_is: the metric of the evaluator that ``best.pth`` goes by; more is better.
         best_title: what a person calls it.
+        teacher: the trained network that the loss asks, once data is open; None where there is none.
     """
 
     best_is: str
     best_title: str
+
+    @property
+    def teacher(self) -> nn.Module | None: ...
 
     def model(self) -> nn.Module:
         """Build the network, on the host, with random weights."""

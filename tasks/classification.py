@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import five_crop
 
@@ -30,6 +30,7 @@ from data.splits import describe_share, open_images
 from models import build_model, load_weights
 from tasks import Loaders
 from tasks.class_names import as_ids, named_classes, number_as_the_model
+from tasks.distillation import Distillation, build_teacher
 from tasks.mistakes import Mistakes
 from tasks.real_labels import RealLabels, describe_real
 from tasks.report import Report
@@ -62,6 +63,7 @@ class Classification:
         self._real: RealLabels | None = None
         self._val: Index | None = None
         self._weights: Tensor | None = None
+        self._distillation: Distillation | None = None
 
     def model(self) -> nn.Module:
         return build_model(self.config, self._num_classes())
@@ -82,6 +84,9 @@ class Classification:
         sample = DecodeAndTransform(transform, build_decoding(config))
         loader = build_train_loader(config, train, sample, transform.size, stage)
         self._mix = build_mixing(config, len(self.classes))
+        if teacher := build_teacher(config, self.classes, self.device):
+            asked = config.TRAIN.TEACHER
+            self._distillation = Distillation(teacher, asked.KIND, asked.TEMPERATURE)
         if config.TRAIN.CLASS_WEIGHTS == "balanced":
             counts = np.bincount(labels_of(train, "TRAIN.CLASS_WEIGHTS balanced"), minlength=len(self.classes))
             self._weights = torch.tensor(balanced_weights(counts), dtype=torch.float32, device=self.device)
@@ -134,21 +139,37 @@ class Classification:
         return batch._replace(images=images, targets=targets)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy with label smoothing, which mixed targets ``(B, classes)`` carry already.
+        """What the labels ask for, and what a teacher does besides, each by its share."""
+        images, distillation = cast(Tensor, batch.images), self._distillation
+        if distillation is None:
+            return self._loss_of_labels(model(images), cast(Tensor, batch.targets)), {}
+        distillation.watch(model)
+        logits, share = model(images), self.config.TRAIN.TEACHER.WEIGHT
+        of_labels = self._loss_of_labels(logits, cast(Tensor, batch.targets))
+        of_teacher = distillation.loss(logits, images)
+        terms = {"loss_labels": of_labels, "loss_teacher": of_teacher}
+        return (1 - share) * of_labels + share * of_teacher, terms
+
+    def _loss_of_labels(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, or that of each class by itself, with label smoothing, which mixed targets carry already.
 
         With TRAIN.CLASS_WEIGHTS that of an image counts as much as its class, or as its classes by their shares.
+
+        Args:
+            logits: ``(B, classes)``.
+            targets: ``(B,)``, or ``(B, classes)`` of mixed images.
         """
-        targets = cast(Tensor, batch.targets)
+        asked, smoothing = self.config.TRAIN.LOSS, self.config.MODEL.LABEL_SMOOTHING
         if self._weights is not None:
-            return weighted_cross_entropy(
-                model(batch.images), targets, self._weights, self.config.MODEL.LABEL_SMOOTHING
-            ), {}
-        criterion = (
-            SoftTargetCrossEntropy()
-            if targets.is_floating_point()
-            else LabelSmoothingCrossEntropy(self.config.MODEL.LABEL_SMOOTHING)
-        )
-        return criterion(model(batch.images), targets), {}
+            return weighted_cross_entropy(logits, targets, self._weights, smoothing)
+        if asked.NAME == "bce":
+            return BinaryCrossEntropy(smoothing, asked.THRESHOLD or None, sum_classes=asked.SUM)(logits, targets)
+        criterion = SoftTargetCrossEntropy() if targets.is_floating_point() else LabelSmoothingCrossEntropy(smoothing)
+        return criterion(logits, targets)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._distillation.teacher if self._distillation else None
 
     # ---- evaluation
 

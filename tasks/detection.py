@@ -51,6 +51,7 @@ class Detection:
     """
 
     best_is, best_title = "box_ap", "box AP"
+    teacher = None
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device

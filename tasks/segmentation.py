@@ -70,6 +70,7 @@ class Segmentation:
     """
 
     best_is, best_title = "miou", "mIoU"
+    teacher = None
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device

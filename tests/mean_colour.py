@@ -17,7 +17,7 @@ from utils import checkpoint, distributed
 
 
 class MeanColour:
-    best_is, best_title = "minus_error", "negative error"
+    best_is, best_title, teacher = "minus_error", "negative error", None
 
     def __init__(self, config, device):
         self.config, self.device, self.resize = config, device, build_eval_transform(config)

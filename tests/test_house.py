@@ -15,7 +15,8 @@ BELOW = {
     "lr_scheduler": {"utils"},
     "models": {"utils"},
     "data": {"utils"},
-    "config": {"utils"},
+    "config": {"config_training", "utils"},
+    "config_training": {"utils"},
     "reports": {"utils"},
     "utils": set(),
 }

@@ -38,6 +38,7 @@ def check_together(config: Any, refuse: Refuse) -> None:
     if config.AUG.CUTMIX_MINMAX and not 0 < config.AUG.CUTMIX_MINMAX[0] < config.AUG.CUTMIX_MINMAX[1] <= 1:
         refuse("AUG.CUTMIX_MINMAX", "must be a smallest share above 0 and a larger one of at most 1, or []")
     check_data(config.DATA, refuse)
+    check_loss(config.TRAIN, refuse)
     if config.TRAIN.COMPILE == "reduce-overhead":
         if config.TRAIN.ACCUMULATION_STEPS > 1:
             refuse("TRAIN.COMPILE", "with CUDA graphs gradients are not accumulated; set TRAIN.ACCUMULATION_STEPS 1")
@@ -69,6 +70,25 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse(key, "must name a folder below OUTPUT")
     if not Path(config.OUTPUT).parts:
         refuse("OUTPUT", "must name a folder")
+
+
+def check_loss(train: Any, refuse: Refuse) -> None:
+    """Check what is minimised."""
+    loss, teacher = train.LOSS, train.TEACHER
+    if loss.NAME != "bce":
+        for key, value in {"SUM": loss.SUM, "THRESHOLD": loss.THRESHOLD}.items():
+            if value:
+                refuse(f"TRAIN.LOSS.{key}", "goes with TRAIN.LOSS.NAME bce; leave it out")
+    elif train.CLASS_WEIGHTS != "none":
+        refuse("TRAIN.CLASS_WEIGHTS", "does not go with TRAIN.LOSS.NAME bce; set one of them otherwise")
+    if not teacher.FROM:
+        for key, one in teacher.settings().items():
+            if teacher[key] != one.default:
+                refuse(f"TRAIN.TEACHER.{key}", "goes with TRAIN.TEACHER.FROM, which is not set")
+    elif teacher.KIND == "features" and train.COMPILE != "none":
+        refuse("TRAIN.TEACHER.KIND", "features does not go with TRAIN.COMPILE; use soft or hard")
+    if teacher.TEMPERATURE != 1 and teacher.KIND != "soft":
+        refuse("TRAIN.TEACHER.TEMPERATURE", f"goes with TRAIN.TEACHER.KIND soft, not with {teacher.KIND}")
 
 
 def check_data(data: Any, refuse: Refuse) -> None:
