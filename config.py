@@ -5,6 +5,7 @@ Later sources win: the defaults below, the files named by ``BASE``, the file its
 """
 
 from collections.abc import Iterable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from config_training import Aug, Train
 from utils import rules, settings
 from utils.config_file import read_yaml
+from utils.errors import UserError, did_you_mean
 from utils.rules import CLASSES, OBJECTS, PIXELS
 from utils.settings import CfgNode, Given, Resume, Section, flatten, setting
 from utils.surroundings import expanded
@@ -254,7 +256,64 @@ def build_config(
     rules.check_together(config, refuse)
     rules.leave_to_the_model(config, origin)
     config.freeze()
+    phases(config)  # raises what is wrong with them
     return config
+
+
+CHANGEABLE = (
+    "DATA.IMG_SIZE", "DATA.BATCH_SIZE", "DATA.INTERPOLATION", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING",
+    "TRAIN.EMA_DECAY", *(f"AUG.{key}" for key, one in Aug.settings().items() if CLASSES in (one.tasks or [CLASSES])),
+)  # fmt: skip
+"""The settings that TRAIN.CURRICULUM may change on the way."""
+
+
+def phases(config: Config) -> list[tuple[int, Config]]:
+    """The configs of a run, each with the epoch from which on it holds; one alone without TRAIN.CURRICULUM.
+
+    Raises:
+        UserError: an entry of the curriculum is wrong.
+    """
+    epochs, entries = config.TRAIN.EPOCHS, [_read_entry(config, i) for i in range(len(config.TRAIN.CURRICULUM))]
+    borders = sorted({0, *(border for first, last, _ in entries for border in (first, last) if border < epochs)})
+    found: list[tuple[int, Config]] = []
+    for epoch in borders:
+        phase = deepcopy(config)
+        phase.defrost()
+        for first, last, changes in entries:
+            for key, value in changes.items() if first <= epoch < last else ():
+                settings.assign(phase, key, value, "TRAIN.CURRICULUM")
+        settings.check_values(phase, dict.fromkeys(CHANGEABLE, "TRAIN.CURRICULUM"))
+        phase.freeze()
+        if not found or flatten(found[-1][1]) != flatten(phase):
+            found.append((epoch, phase))
+    return found
+
+
+def _read_entry(config: Config, number: int) -> tuple[int, int, dict[str, Any]]:
+    """The first epoch of an entry of the curriculum, the one after its last, and what it changes."""
+    entry, epochs = config.TRAIN.CURRICULUM[number], config.TRAIN.EPOCHS
+    name = f"TRAIN.CURRICULUM: its entry {entry}"
+    borders = []
+    for key, default in (("FROM", 0), ("UNTIL", epochs)):
+        value = entry.get(key, default)
+        is_share = isinstance(value, float) and 0 < value < 1
+        if not is_share and (type(value) is not int or not 0 <= value <= epochs):
+            raise UserError(
+                f"{name} has {key} {value}, which must be an epoch, at most TRAIN.EPOCHS {epochs}, or a share of them, "
+                "for example 0.4"
+            )
+        borders.append(round(value * epochs) if is_share else value)
+    changes = {key: value for key, value in entry.items() if key not in ("FROM", "UNTIL")}
+    for key in changes:
+        if key not in CHANGEABLE:
+            raise UserError(f"{name} has {key}, which cannot change on the way{did_you_mean(key, CHANGEABLE)}")
+    if not changes or len(changes) == len(entry):
+        raise UserError(
+            f"{name} must have FROM or UNTIL, and a setting, for example {{UNTIL: 0.4, DATA.IMG_SIZE: 160}}"
+        )
+    if borders[0] > borders[1]:
+        raise UserError(f"{name} has FROM after UNTIL")
+    return borders[0], borders[1], changes
 
 
 settings_in = partial(settings.settings_in, Config)

@@ -39,12 +39,23 @@ class LrScheduler(Section):
 
     NAME: str = setting(
         "cosine", "Curve from BASE_LR down to MIN_LR; poly is what is left of the run to the power of POWER, which the "
-        "warm-up multiplies; multistep multiplies by DECAY_RATE after each epoch of DECAY_AT, and so does the warm-up",
-        choices=("cosine", "linear", "step", "poly", "multistep"))
+        "warm-up multiplies; multistep multiplies by DECAY_RATE after each epoch of DECAY_AT, and so does the warm-up; "
+        "constant stays and cools down at the end; one_cycle is a cosine up in the warm-up, and one down; restarts are "
+        "cosines one after the other",
+        choices=("cosine", "linear", "step", "poly", "multistep", "constant", "one_cycle", "restarts"))
     POWER: float = setting(1.0, "Power of poly", above=0)
     DECAY_EPOCHS: int = setting(30, "step multiplies by DECAY_RATE every so many epochs after the warm-up", at_least=1)
     DECAY_AT: list[int] = setting([], "Epochs after which multistep decays, for example [8, 11]", at_least=1)
     DECAY_RATE: float = setting(0.1, "What step and multistep multiply by", at_least=0, at_most=1)
+    COOLDOWN_EPOCHS: int = setting(
+        0, "Last epochs of constant, in which the rate falls to MIN_LR, fast at first", at_least=0, on_resume=FREE)
+    COOLDOWN_STEPS: int = setting(
+        0, "Their length in steps; 0 for COOLDOWN_EPOCHS", at_least=0, on_resume=FREE)
+    CYCLE_EPOCHS: int = setting(10, "Epochs of the first cosine of restarts", at_least=1)
+    CYCLE_GROWTH: float = setting(1.0, "How many times as long as the one before each of restarts is", at_least=1)
+    CYCLE_DECAY: float = setting(
+        1.0, "What the rate that each of restarts begins with is multiplied by, to that of the one before",
+        above=0, at_most=1)
 
 
 class Loss(Section):
@@ -108,6 +119,10 @@ class Train(Section):
         1.0, "Each layer's learning rate is that of the layer above it times this (for fine-tuning, as 0.8)",
         at_least=0.01, at_most=1, on_resume=KEPT)
     FREEZE_TRUNK: bool = setting(False, "Train the head alone (linear probe); the trunk stays as it is", on_resume=KEPT)
+    CURRICULUM: list[dict] = setting(
+        [], "Settings that are otherwise in some epochs, for example [{UNTIL: 0.4, DATA.IMG_SIZE: 160}, "
+        "{FROM: 280, AUG.MIXUP: 0}]: whole epochs, or shares of EPOCHS (docs/recipes.md)", task=CLASSES,
+        wanted="a list of dicts, for example [{UNTIL: 0.4, DATA.IMG_SIZE: 160}]")
     CLIP_GRAD: float = setting(5.0, "Largest norm of the gradient; 0 does not clip", at_least=0)
     ACCUMULATION_STEPS: int = setting(1, "Micro-batches whose gradients make up one step", at_least=1, on_resume=FREE)
     AUTO_MICRO_BATCH: bool = setting(
@@ -183,6 +198,9 @@ class Aug(Section):
     MIXUP_PROB: float = setting(1.0, "Probability that a batch is mixed at all", at_least=0, at_most=1, task=CLASSES)
     MIXUP_SWITCH_PROB: float = setting(
         0.5, "Probability that it is cutmix when both are on", at_least=0, at_most=1, task=CLASSES)
+    REPEATS: int = setting(
+        1, "How many times each image comes in a row, augmented anew each time; an epoch stays as long, and has fewer "
+        "images (repeated augmentation)", at_least=1, task=CLASSES)
     MIXUP_MODE: str = setting(
         "batch", "What one draw of mixup and cutmix is for", choices=("batch", "pair", "elem"), task=CLASSES)
     RESIZE: list[int] = setting(

@@ -47,7 +47,7 @@ def build_train_loader(
     batches = (
         BalancedTrainBatches(labels_of(index, "DATA.SAMPLER balanced"), *work)
         if config.DATA.SAMPLER == "balanced"
-        else TrainBatches(len(index), *work)
+        else TrainBatches(len(index), *work, config.AUG.REPEATS)
     )
     if batches.steps_per_epoch and groups is not None:
         batches = GroupedTrainBatches(groups, *work)

@@ -130,16 +130,16 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        """Make the item at ``(epoch, i)``; the same key gives the same sample in whatever process and order."""
-        epoch, i = key
+    def __getitem__(self, key: tuple[int, ...]) -> Item:
+        """Make the item at ``(epoch, i)`` or ``(epoch, i, repeat)``; the same key always gives the same sample."""
+        epoch, i, *_ = key
         look = epoch == 0  # how many are turned is told of the first epoch, so nobody need look for it later
         bad: list[str] = []
         for candidate in range(i, i + MAX_REPLACEMENTS if self.replace_bad else i + 1):
             candidate %= len(self.index)
             try:
                 raw = read_item(self.index, candidate)
-                seed_cpu(derive_seed(self.seed, "sample", epoch, i))  # only now: to read over a network may draw, too
+                seed_cpu(derive_seed(self.seed, "sample", *key))  # only now: to read over a network may draw, too
                 sample = self.sample(raw, look)
             except BadImage as error:
                 bad.append(f"{self.index.name(candidate)}: {error}")
@@ -185,10 +185,10 @@ class BatchDataset(Dataset):
         self.ring = ring
         self.any_size = any_size
 
-    def __getitem__(self, key: tuple[int, list[tuple[int, int]]]) -> HostBatch:
+    def __getitem__(self, key: tuple[int, list[tuple[int, ...]]]) -> HostBatch:
         number, keys = key
         if isinstance(self.dataset.index, ImageIndex):
-            self.dataset.index.expect([i for _, i in keys])
+            self.dataset.index.expect([i for _, i, *_ in keys])
         items = [self.dataset[image_key] for image_key in keys]
         if self.any_size:
             batch = collate_apart(items)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ from data.augmentation import DeviceStage
 from data.dataset import BatchDataset, HostBatch, ImageDataset, map_tensors
 from data.ring import Ring, Slot
 from data.sampling import EvalBatches, TrainBatches
+from utils.calendar import Calendar, Span
 from utils.distributed import count_over_ranks
 from utils.errors import UserError
 from utils.processes import STOP_SIGNALS, begin_worker
+
+if TYPE_CHECKING:
+    from data.phases import PhasedLoader
 
 PREFETCH_FACTOR = 2
 """Batches that each loader process works ahead."""
@@ -235,12 +239,16 @@ class TrainLoader(_Loader):
     batches: TrainBatches
 
     @property
-    def steps_per_epoch(self) -> int:
-        return self.batches.steps_per_epoch
+    def calendar(self) -> Calendar:
+        return Calendar(Span(0, self.batches.steps_per_epoch, self.batches.global_batch))
 
     @property
     def global_batch(self) -> int:
         return self.batches.global_batch
+
+    def global_batch_of(self, step: int) -> list[tuple[int, ...]]:
+        """List what all ranks together take in ``step``."""
+        return self.batches.global_batch_of(step)
 
     def micro_batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield ``accumulation`` batches for each step from ``first_step`` to ``last_step`` (exclusive)."""
@@ -258,7 +266,7 @@ class EvalLoader(_Loader):
         return len(self.batches)
 
 
-def describe_turned(loader: TrainLoader | EvalLoader, upright: bool) -> str:
+def describe_turned(loader: "TrainLoader | EvalLoader | PhasedLoader", upright: bool) -> str:
     """Say how many images of the first pass EXIF says are turned; empty for none. A collective.
 
     Args:

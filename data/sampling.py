@@ -7,8 +7,9 @@ from torch.utils.data import Sampler
 
 from utils.randomness import derive_seed
 
-Key = tuple[int, int]
-"""(epoch, index): what :class:`data.dataset.ImageDataset` takes."""
+Key = tuple[int, ...]
+"""(epoch, index), or (epoch, index, n) for the n-th further time that the image comes in the epoch: what
+:class:`data.dataset.ImageDataset` takes."""
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -24,17 +25,26 @@ class TrainBatches(Sampler[list[Key]]):
 
     An epoch is one permutation of the data set, cut into global batches of ``batch_size * accumulation * world_size``;
     the remainder is left out. Of a global batch the rank takes its contiguous slice.
+
+    With ``repeats`` each image comes so many times in a row, augmented anew each time, and an epoch, which is as long
+    as without, has the first images of its permutation alone. Source: repeated augmentation, arXiv 1901.09335.
+
+    Attributes:
+        begins: an epoch and its first step, from which on steps are counted.
     """
 
-    def __init__(self, size: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int):
+    def __init__(
+        self, size: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int, repeats: int = 1
+    ):
         self.size = size
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.rank = rank
         self.global_batch = batch_size * accumulation * world_size
         self.steps_per_epoch = size // self.global_batch
-        self.seed = seed
+        self.seed, self.repeats = seed, repeats
         self.first_step = self.last_step = 0
+        self.begins = 0, 0
 
     def order(self, epoch: int) -> np.ndarray:
         """Derive the images of an epoch, from whose beginning global batches are cut."""
@@ -43,21 +53,30 @@ class TrainBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = -1
         for step in range(self.first_step, self.last_step):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = self.order(epoch)
-            start = step % self.steps_per_epoch * self.global_batch
+            now, steps_into_epoch = self.epoch_of(step)
+            if now != epoch:
+                epoch, order = now, self.order(now)
+            start = steps_into_epoch * self.global_batch
             start += self.rank * self.batch_size * self.accumulation
             for micro_step in range(self.accumulation):
-                micro_batch = order[start + micro_step * self.batch_size :][: self.batch_size]
-                yield [(epoch, i) for i in micro_batch.tolist()]
+                yield self._keys(epoch, order, start + micro_step * self.batch_size, self.batch_size)
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """Give the epoch of a step, and how many steps of it are before."""
+        first_epoch, first_step = self.begins
+        epochs, steps_into_epoch = divmod(step - first_step, self.steps_per_epoch)
+        return first_epoch + epochs, steps_into_epoch
+
+    def _keys(self, epoch: int, order: np.ndarray, start: int, count: int) -> list[Key]:
+        places = range(start, start + count)
+        if self.repeats == 1:
+            return [(epoch, i) for i in order[start : start + count].tolist()]
+        return [(epoch, int(order[p // self.repeats]), *filter(None, [p % self.repeats])) for p in places]
 
     def global_batch_of(self, step: int) -> list[Key]:
         """List what all ranks together take in ``step``."""
-        epoch, steps_into_epoch = divmod(step, self.steps_per_epoch)
-        order = self.order(epoch)
-        start = steps_into_epoch * self.global_batch
-        return [(epoch, i) for i in order[start : start + self.global_batch].tolist()]
+        epoch, steps_into_epoch = self.epoch_of(step)
+        return self._keys(epoch, self.order(epoch), steps_into_epoch * self.global_batch, self.global_batch)
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation

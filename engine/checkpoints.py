@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint
+from utils.calendar import Calendar
 from utils.errors import UserError
 from utils.files import NotWritten, Unwritten, reason_of
 
@@ -243,19 +244,19 @@ class Checkpoints:
                 if holds == step and self._keep(path, kept_as, step):
                     break
 
-    def keep_missing(self, every: int, steps_per_epoch: int) -> None:
+    def keep_missing(self, every: int, calendar: Calendar) -> None:
         """Keep those of the latest saves for good that are of an epoch that should have been kept and is not there."""
-        newest = max((step for step in self._steps.values() if step), default=0) // steps_per_epoch // every * every
+        newest = calendar.epoch_of(max((step for step in self._steps.values() if step), default=0))[0] // every * every
         if all(self.epoch_file(epoch).exists() for epoch in range(newest, 0, -every)[: len(self.latest)]):
             return
         for path in filter(Path.exists, self.latest):
             if path not in self._steps:
                 with suppress(UserError):
                     self._steps[path] = checkpoint.read(path, sealed=True).get("step")
-            epoch, steps_into_epoch = divmod(self._steps.get(path) or 1, steps_per_epoch)
+            epoch, steps_into_epoch = calendar.epoch_of(self._steps.get(path) or 1)
             kept_as = self.epoch_file(epoch)
             if epoch and not steps_into_epoch and epoch % every == 0 and not kept_as.exists():
-                self._keep(path, kept_as, epoch * steps_per_epoch)
+                self._keep(path, kept_as, calendar.first_step(epoch))
 
     def _best_is_owed(self) -> bool:
         on_disk = self.best.is_file() and self._best_weights.get(self._best_is) == self._best_on_disk

@@ -75,7 +75,7 @@ class Trials:
             self.model = prepare_model(config, self.task.model, device)
             check_image_size(self.model, config.DATA.IMG_SIZE, device)
             check_smallest_batch(config, self.model, config.DATA.BATCH_SIZE)
-            build_scheduler(config, self.loader.steps_per_epoch, self.loader.global_batch)  # refuses what a run would
+            build_scheduler(config, self.loader.calendar)  # refuses what a run would
         check_same_data(self.loader.dataset.index)
         self.notes: list[str] = []
         if config.MODEL.PRETRAINED:
@@ -150,7 +150,7 @@ def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> F
     """
     given = config.TRAIN.BASE_LR
     trials = Trials(config, device)
-    loader, run = trials.loader, total_steps(config, trials.loader.steps_per_epoch)
+    loader, run = trials.loader, total_steps(config, trials.loader.calendar)
     steps = min(max(int(SHARE * run / TRIALS) - 1, FEWEST), MOST)
     scale = rate_scale(config, loader.global_batch)
     with agreement():

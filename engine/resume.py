@@ -5,6 +5,7 @@ from typing import Any
 
 from config import Config, output_dir
 from data.loading import TrainLoader
+from data.phases import PhasedLoader
 from engine.checkpoints import Checkpoints
 from engine.state import TrainState, check_resumable, images_of_a_process, step_after
 from lr_scheduler import Schedule, total_steps
@@ -17,7 +18,12 @@ from utils.errors import UserError
 
 
 def start_or_resume(
-    config, task: Task, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader, schedule: Schedule
+    config,
+    task: Task,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    loader: TrainLoader | PhasedLoader,
+    schedule: Schedule,
 ) -> list[str]:
     """Give ``state`` its first weights, or all that an earlier run has saved; returns lines that say which.
 
@@ -63,14 +69,16 @@ def read_on_main(source: str, name: str) -> tuple[str, dict[str, Any]]:
     return from_main(found)
 
 
-def look_after_files(config: Config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader) -> list[str]:
+def look_after_files(
+    config: Config, state: TrainState, checkpoints: Checkpoints, loader: TrainLoader | PhasedLoader
+) -> list[str]:
     """See that the files exist of which the state of a run speaks that is carried on; returns lines that say more."""
     before = state.best
     lines: list[str] = []
     if is_main():
         state.best, lines = checkpoints.know_best(before, state.carried.get("owed_best"))
         if config.TRAIN.KEEP_EVERY_EPOCHS and state.carried.get("global_batch") == loader.global_batch:
-            checkpoints.keep_missing(config.TRAIN.KEEP_EVERY_EPOCHS, loader.steps_per_epoch)
+            checkpoints.keep_missing(config.TRAIN.KEEP_EVERY_EPOCHS, loader.calendar)
     state.best, lines = from_main((state.best, lines))
     if state.best < before:
         state.evaluated_step = min(state.evaluated_step, state.step - 1)  # these weights may be the best
@@ -78,7 +86,13 @@ def look_after_files(config: Config, state: TrainState, checkpoints: Checkpoints
 
 
 def resume(
-    config, task: Task, state: TrainState, content: dict[str, Any], path: Path, loader: TrainLoader, schedule: Schedule
+    config,
+    task: Task,
+    state: TrainState,
+    content: dict[str, Any],
+    path: Path,
+    loader: TrainLoader | PhasedLoader,
+    schedule: Schedule,
 ) -> list[str]:
     """Be where the run that saved ``content`` in ``path`` was; returns lines that say so."""
     own = path.resolve().parent == (output_dir(config) / "checkpoints").resolve()
@@ -86,14 +100,14 @@ def resume(
     task.check(content, str(path))
     state.restore(content, path)
     before, now = content["global_batch"], loader.global_batch
-    state.step = step_after(content, now, loader.steps_per_epoch)
+    state.step = step_after(content, loader.calendar, path)
     lines = [f"carrying on from {path} after step {state.step:,}", *changed]
     if before != now:
         state.evaluated_step = min(state.evaluated_step, state.step)
         lines.append(f"the global batch was {before}, is now {now}: step {content['step']:,} is now {state.step:,}")
         if images_of_a_process(content["config"]) != images_of_a_process(config.dump()):  # not just more processes
             changed.append(lines[-1])
-    steps = total_steps(config, loader.steps_per_epoch)
+    steps = total_steps(config, loader.calendar)
     if changed and state.step >= steps and state.evaluated_step >= state.step:
         raise UserError(
             f"{path} is of a run that is done: nothing is left to train with other settings ({'; '.join(changed)}); "

@@ -11,6 +11,7 @@ from config import Config
 from data.decoding import pictures_of
 from data.loading import Batch, describe_turned
 from engine.checkpoints import Checkpoints
+from engine.curriculum import Curriculum
 from engine.evaluate import evaluate
 from engine.precision import Precision
 from engine.skipping import SkippedSteps, bad_batch
@@ -41,6 +42,7 @@ class Run:
 
     Args:
         schedule: the learning rate of a step.
+        curriculum: the phases of the run.
         stop: is told how the state can be saved from another thread.
     """
 
@@ -51,6 +53,7 @@ class Run:
         loaders: Loaders,
         state: TrainState,
         schedule: Schedule,
+        curriculum: Curriculum,
         precision: Precision,
         checkpoints: Checkpoints,
         log: RunLog,
@@ -60,15 +63,15 @@ class Run:
         self.config, self.task, self.loader, self.val = config, task, loaders.train, loaders.val
         self.state, self.schedule, self.precision = state, schedule, precision
         self.checkpoints, self.log, self.stop, self.watchdog = checkpoints, log, stop, watchdog
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.calendar, self.curriculum = self.loader.calendar, curriculum
+        self.total_steps = total_steps(config, self.calendar)
         self.meters, self.spikes, self.stopwatch = DeviceMeters(), SpikeDetector(), Stopwatch()
         self.skipped = SkippedSteps(precision.device)
 
     # ---- what is due after a step
 
     def _ends_epoch(self) -> bool:
-        return self.state.step % self.steps_per_epoch == 0
+        return self.calendar.ends_epoch(self.state.step)
 
     def is_done(self) -> bool:
         return self.state.step == self.total_steps
@@ -95,7 +98,7 @@ class Run:
         return self.log_is_due() and bool(largest_over_ranks(int(is_main() and self.checkpoints.due())))
 
     def evaluation_is_due(self) -> bool:
-        train, epoch = self.config.TRAIN, self.state.step // self.steps_per_epoch
+        train, epoch = self.config.TRAIN, self.calendar.epoch_of(self.state.step)[0]
         if train.EVAL_EVERY_STEPS:
             return self.is_done() or self.state.step % train.EVAL_EVERY_STEPS == 0
         return self.is_done() or (self._ends_epoch() and epoch % train.EVAL_EVERY_EPOCHS == 0)
@@ -105,6 +108,7 @@ class Run:
     def begin(self) -> None:
         """Be as after the last step of the run that is carried on, and do what it still owes."""
         carried, device = self.state.carried, self.precision.device
+        self.enter(self.state.step)
         self.meters.restore(carried.get("meters") or {}, device)
         self.skipped.restore(carried.get("skipped") or {})
         self.loader.skipped = carried.get("skipped_images", 0) * is_main()
@@ -116,6 +120,11 @@ class Run:
             self.evaluate()  # an earlier run stopped between a save and its evaluation
         elif carried.get("owed") or carried.get("owed_best"):
             self.save()  # what could not be written then has a file now
+
+    def enter(self, step: int) -> None:
+        """Let the step be one of its phase, and say so where a phase begins."""
+        if line := self.curriculum.enter(step):
+            self.log.message(line)
 
     def batches(self) -> Iterator[Batch]:
         """Yield the micro-batches from the next step on; the time spent waiting for each is noted."""
@@ -158,7 +167,7 @@ class Run:
 
     def tick(self) -> None:
         """Tell everybody who watches that a step is done."""
-        self.stopwatch.images(self.loader.global_batch)
+        self.stopwatch.images(self.calendar.global_batch_at(self.state.step - 1))
         self.log.advance(self.state.step)
         self.watchdog.beat(self.state.step)
 
@@ -166,7 +175,7 @@ class Run:
         """Log the means since the last line. Only here and before a save is the device waited for."""
         step = self.state.step
         values = {
-            "epoch": (step - 1) // self.steps_per_epoch + 1,
+            "epoch": self.calendar.epoch_of(step - 1)[0] + 1,
             "lr": learning_rate,
             **self.meters.read(),
             **self.stopwatch.read(),
@@ -182,7 +191,7 @@ class Run:
 
     def tell_of_turned(self) -> None:
         """Say how many images are turned, once the first pass over them has shown it."""
-        seen = self.state.step == self.steps_per_epoch
+        seen = self.state.step == self.calendar.first_step(1)
         if seen and (line := describe_turned(self.loader, self.config.DATA.UPRIGHT)):
             self.log.message(line)
 
@@ -199,7 +208,7 @@ class Run:
                 self._write_last(content, counts)
 
     def _write_last(self, content: dict[str, Any], counts: dict[str, Any]) -> None:
-        epoch, steps_into_epoch = divmod(self.state.step, self.steps_per_epoch)
+        epoch, steps_into_epoch = self.calendar.epoch_of(self.state.step)
         every = self.config.TRAIN.KEEP_EVERY_EPOCHS
         keep = epoch if every and not steps_into_epoch and epoch and epoch % every == 0 else None
         facts = {
@@ -276,7 +285,7 @@ class Run:
         state, evaluator = self.state, self.task.evaluator()
         with parallel.gathered(model):
             result = evaluate(model, self.val, self.precision, evaluator)
-        metric, epoch = self.task.best_is, state.step // self.steps_per_epoch
+        metric, epoch = self.task.best_is, self.calendar.epoch_of(state.step)[0]
         is_best = result[metric] > state.best
         if is_best:
             state.best = result[metric]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.loading import TrainLoader
+from data.phases import PhasedLoader
 
 
 class SkippedSteps:
@@ -39,8 +40,8 @@ class SkippedSteps:
         return int(self._longest)
 
 
-def bad_batch(step: int, loader: TrainLoader) -> str:
+def bad_batch(step: int, loader: TrainLoader | PhasedLoader) -> str:
     """The files that made up the last of ``step`` steps, over all ranks, as JSON."""
-    keys = loader.batches.global_batch_of(step - 1)
-    images = [{"epoch": epoch + 1, "image": loader.dataset.index.name(i)} for epoch, i in keys]
+    keys = loader.global_batch_of(step - 1)
+    images = [{"epoch": epoch + 1, "image": loader.dataset.index.name(i)} for epoch, i, *_ in keys]
     return json.dumps({"step": step, "images": images}, indent=1) + "\n"

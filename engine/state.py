@@ -18,6 +18,7 @@ from engine import validation
 from engine.ema import Ema
 from models import load_weights
 from utils import parallel
+from utils.calendar import Calendar
 from utils.checkpoint import choose, weights_in
 from utils.distributed import broadcast_from_main
 from utils.errors import UserError
@@ -183,12 +184,19 @@ def images_of_a_process(dumped: str) -> int:
     return settings["DATA.BATCH_SIZE"] * settings["TRAIN.ACCUMULATION_STEPS"]
 
 
-def step_after(content: dict[str, Any], global_batch: int, steps_per_epoch: int) -> int:
+def step_after(content: dict[str, Any], calendar: Calendar, path: Path) -> int:
     """The step to carry on at: the one that was next, or with another global batch the one at its place in the epoch.
 
     Images that a step would have only in part are seen again.
     """
-    if content["global_batch"] == global_batch:
+    before, now = content["global_batch"], calendar.global_batch
+    if before == now:
         return content["step"]
-    epoch, steps_into_epoch = divmod(content["step"], content["images"] // content["global_batch"])
-    return epoch * steps_per_epoch + min(steps_into_epoch * content["global_batch"] // global_batch, steps_per_epoch)
+    if not calendar.is_even:
+        raise UserError(
+            f"{path} was trained with a global batch of {before:,} images at the end, this run has {now:,}: where "
+            "TRAIN.CURRICULUM changes the batch it stays the same on resume; change DATA.BATCH_SIZE or the accumulation"
+        )
+    epoch, steps_into_epoch = divmod(content["step"], content["images"] // before)
+    steps_per_epoch = calendar.first_step(1)
+    return epoch * steps_per_epoch + min(steps_into_epoch * before // now, steps_per_epoch)

@@ -9,6 +9,7 @@ from data import fingerprint
 from data.files import describe_left_out
 from data.loading import naming_dead_workers
 from engine.checkpoints import Checkpoints
+from engine.curriculum import Curriculum
 from engine.ema import ScheduleFreeAverage, build_ema
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import (
@@ -84,6 +85,8 @@ def train_in_folder(
         model = prepare_model(config, task.model, device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
         check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
+        curriculum = Curriculum(config, loaders.train.calendar, task, model, None)
+        curriculum.check(device)
     check_same_data(loaders.train.dataset.index)
     sharding = parallel.choose_sharding(config.TRAIN.SHARD, device, precision.dtype)
     ema = build_ema(config, model)
@@ -94,9 +97,10 @@ def train_in_folder(
         optimizer = build_optimizer(config, model, rate_scale(config, loaders.train.global_batch))
         if averages_by_itself(config.TRAIN.OPTIMIZER.NAME):
             ema = ScheduleFreeAverage(model, optimizer)
+        curriculum.ema = ema
         parallel.load_whole(optimizer)
         state = TrainState(model, optimizer, precision.scaler(), ema)
-        schedule = build_scheduler(config, loaders.train.steps_per_epoch, loaders.train.global_batch)
+        schedule = build_scheduler(config, loaders.train.calendar)
         checkpoints = Checkpoints(
             output_dir(config) / "checkpoints",
             config.TRAIN.KEEP_LAST,
@@ -106,10 +110,9 @@ def train_in_folder(
         )
     started_from = start_or_resume(config, task, state, checkpoints, loaders.train, schedule)
     with agreement():
-        steps_per_epoch = loaders.train.steps_per_epoch
         done = (state.step, state.evaluated_step, state.carried.get("owed"))
-        steps = total_steps(config, steps_per_epoch)
-        log = RunLog(output_dir(config), config, "train", steps, steps_per_epoch, *done, lock)
+        steps = total_steps(config, loaders.train.calendar)
+        log = RunLog(output_dir(config), config, "train", steps, loaders.train.calendar, *done, lock)
     with log, checkpoints:
         log.message(
             f"{describe_model(config, model, gmac, precision)}  global batch {loaders.train.global_batch:,}  "
@@ -145,7 +148,8 @@ def train_in_folder(
                 parts=parts,
             )
             with Watchdog(config.TRAIN.HANG_MINUTES, bulletin, output_dir(config)) as watchdog:
-                run = Run(config, task, loaders, state, schedule, precision, checkpoints, log, stop, watchdog)
+                parts_of_run = task, loaders, state, schedule, curriculum, precision, checkpoints, log, stop, watchdog
+                run = Run(config, *parts_of_run)
                 train_until_done(run, train_step)
         log.message(f"done: best {task.best_title} {state.best:.2f}  results in {output_dir(config)}")
 
@@ -177,6 +181,7 @@ def take_steps(run: Run, train_step: TrainStep) -> None:
     for step in range(state.step, run.total_steps):
         if run.is_stalled():
             break
+        run.enter(step)
         learning_rate = run.schedule(step)
         set_learning_rate(state.optimizer, learning_rate)
         state.begin_step()

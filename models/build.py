@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 
 from models.crossformer import VARIANTS, CrossFormer
@@ -115,6 +116,32 @@ def _drop_path_rate(config) -> float:
     if config.MODEL.DROP_PATH_RATE >= 0:
         return config.MODEL.DROP_PATH_RATE
     return DROP_PATH_RATE if takes(config.MODEL.NAME, "drop_path_rate") else 0.0
+
+
+def set_drop_path_rate(model: nn.Module, config, built_by) -> None:
+    """Give a model the stochastic depth of ``config``, as if it had been built by it.
+
+    Args:
+        built_by: the config that it was built by.
+
+    Raises:
+        UserError: it is no CrossFormer and was built without.
+    """
+    rate, built_with = _drop_path_rate(config), _drop_path_rate(built_by)
+    if isinstance(model, CrossFormer):
+        blocks = [block for stage in model.layers for block in cast(Any, stage).blocks]
+        for block, own in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist(), strict=True):
+            block.drop_path_rate = own
+        return
+    if rate and not built_with:
+        raise UserError(
+            f"TRAIN.CURRICULUM: {config.MODEL.NAME} is built without stochastic depth; set MODEL.DROP_PATH_RATE to the "
+            "largest rate that it is to have, and the smaller ones in the curriculum"
+        )
+    for module in model.modules():
+        if isinstance(module, DropPath) and built_with:
+            vars(module).setdefault("built_with", module.drop_prob)
+            module.drop_prob = vars(module)["built_with"] * rate / built_with
 
 
 @cache

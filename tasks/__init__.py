@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from config import Config
 from data.loading import Batch, EvalLoader, TrainLoader
+from data.phases import PhasedLoader
 from utils.errors import UserError
 
 
 class Loaders(NamedTuple):
     """What training reads, a description for the first line of its log, and further lines of it."""
 
-    train: TrainLoader
+    train: TrainLoader | PhasedLoader
     val: EvalLoader
     described: str
     notes: tuple[str, ...] = ()

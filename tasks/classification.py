@@ -12,7 +12,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import five_crop
 
-from config import Config
+from config import Config, phases
 from data.augmentation import (
     DeviceStage,
     augments_on_device,
@@ -25,7 +25,8 @@ from data.build import build_eval_loader, build_train_loader, check_num_classes,
 from data.dataset import DecodeAndTransform
 from data.decoding import build_decoding
 from data.index import Index
-from data.loading import Batch, EvalLoader
+from data.loading import Batch, EvalLoader, TrainLoader
+from data.phases import PhasedLoader
 from data.splits import describe_share, open_images
 from models import build_model, load_weights
 from tasks import Loaders
@@ -51,6 +52,7 @@ class Classification:
 
     Attributes:
         classes: their names as the model counts them, once data is open.
+        phase: the config that holds while a phase of TRAIN.CURRICULUM lasts.
     """
 
     best_is, best_title = "top1", "top-1"
@@ -58,7 +60,7 @@ class Classification:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.classes: list[str] = []
-        self._mix: Callable | None = None
+        self.phase, self._mixes = config, False
         self._among: Tensor | None = None
         self._real: RealLabels | None = None
         self._val: Index | None = None
@@ -80,10 +82,8 @@ class Classification:
         check_num_classes(config, self.classes)
         keep_in_memory(config, train, val)
         on_device = augments_on_device(config, self.device)
-        transform, stage = build_train_transform(config, on_device), build_train_stage(config, self.device)
-        sample = DecodeAndTransform(transform, build_decoding(config))
-        loader = build_train_loader(config, train, sample, transform.size, stage)
-        self._mix = build_mixing(config, len(self.classes))
+        loaders = [(epoch, self._train_loader(phase, train)) for epoch, phase in phases(config)]
+        self._mixes = True
         if teacher := build_teacher(config, self.classes, self.device):
             asked = config.TRAIN.TEACHER
             self._distillation = Distillation(teacher, asked.KIND, asked.TEMPERATURE)
@@ -95,7 +95,14 @@ class Classification:
             f"augmented {'on the GPU' if on_device else 'by the loader processes'}"
         )
         share = describe_share(config, train, val, self.classes)
+        loader = PhasedLoader(loaders) if len(loaders) > 1 else loaders[0][1]
         return Loaders(loader, self._eval_loader(val), described, (share,) if share else ())
+
+    def _train_loader(self, config: Config, index: Index) -> TrainLoader:
+        transform = build_train_transform(config, augments_on_device(config, self.device))
+        build_mixing(config, len(self.classes))  # raises what is wrong with it
+        sample = DecodeAndTransform(transform, build_decoding(config))
+        return build_train_loader(config, index, sample, transform.size, build_train_stage(config, self.device))
 
     def eval_loader(
         self, content: dict[str, Any], weights: dict[str, Tensor], path: str
@@ -133,9 +140,10 @@ class Classification:
     # ---- training
 
     def prepare(self, batch: Batch) -> Batch:
-        if self._mix is None:
+        mix = build_mixing(self.phase, len(self.classes)) if self._mixes else None
+        if mix is None:
             return batch
-        images, targets = self._mix(batch.images, batch.targets)
+        images, targets = mix(batch.images, batch.targets)
         return batch._replace(images=images, targets=targets)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,7 +167,7 @@ class Classification:
             logits: ``(B, classes)``.
             targets: ``(B,)``, or ``(B, classes)`` of mixed images.
         """
-        asked, smoothing = self.config.TRAIN.LOSS, self.config.MODEL.LABEL_SMOOTHING
+        asked, smoothing = self.config.TRAIN.LOSS, self.phase.MODEL.LABEL_SMOOTHING
         if self._weights is not None:
             return weighted_cross_entropy(logits, targets, self._weights, smoothing)
         if asked.NAME == "bce":

@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from config import build_config
 from lr_scheduler import build_scheduler, total_steps
+from utils.calendar import Calendar, Span
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "lr_schedule.json").read_text())
 
@@ -16,14 +17,14 @@ REFERENCE = json.loads((Path(__file__).parent / "data" / "lr_schedule.json").rea
 def test_published_learning_rates(name):
     """The recipe's defaults at a global batch of 1,024 give 1e-3 and the rest of the reference."""
     config = build_config(opts=["TRAIN.LR_SCHEDULER.NAME", name])
-    schedule = build_scheduler(config, REFERENCE["steps_per_epoch"], global_batch=1024)
+    schedule = build_scheduler(config, Calendar(Span(0, REFERENCE["steps_per_epoch"], 1024)))
     for step, expected in REFERENCE["lr_after_step_update"][name].items():
         assert schedule(0 if step == "initial" else int(step)) == pytest.approx(expected, rel=1e-9), step
 
 
 def test_scaling_with_the_batch_can_be_turned_off():
     opts = ["TRAIN.WARMUP_EPOCHS", "0", "TRAIN.LR_REFERENCE_BATCH", "0", "TRAIN.BASE_LR", "0.3"]
-    assert build_scheduler(build_config(opts=opts), 10, global_batch=4096)(0) == 0.3
+    assert build_scheduler(build_config(opts=opts), Calendar(Span(0, 10, 4096)))(0) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,8 @@ def test_scaling_with_the_batch_can_be_turned_off():
 def test_schedules_of_segmentation(recipe, name):
     expected = json.loads((ROOT / "tests/data/dense_heads/dense_lr_schedule.json").read_text())[name]
     config = build_config(str(ROOT / f"configs/segmentation/{recipe}.yaml"))
-    schedule = build_scheduler(config, steps_per_epoch=1263, global_batch=16)
-    assert total_steps(config, 1263) == expected["iterations"]
+    schedule = build_scheduler(config, Calendar(Span(0, 1263, 16)))
+    assert total_steps(config, Calendar(Span(0, 1263, 16))) == expected["iterations"]
     for step, rate in expected["lr"].items():
         assert schedule(int(step)) == pytest.approx(rate, rel=1e-9), step
 
@@ -48,6 +49,6 @@ def test_schedules_of_detection(name):
     )
     if name == "detection_1x_short_epochs":
         opts += " TRAIN.STEPS 600"  # the warm-up of 500 steps would be longer than its 480
-    schedule = build_scheduler(build_config(opts=opts.split()), expected["iterations_per_epoch"], global_batch=16)
+    schedule = build_scheduler(build_config(opts=opts.split()), Calendar(Span(0, expected["iterations_per_epoch"], 16)))
     for step, rate in expected["lr"].items():
         assert schedule(int(step)) == pytest.approx(rate, rel=1e-9), step

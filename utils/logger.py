@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.bar import Fact, bar, share_done
+from utils.calendar import Calendar
 from utils.distributed import is_main, world_size
 from utils.errors import UserError
 from utils.files import Appender, Unwritten, WholeFile, reason_of, write_whole
@@ -32,7 +33,7 @@ class RunLog:
         config: written to the folder, to be used with ``--cfg`` again.
         mode: ``train``, ``evaluate``, ``find_lr`` or ``throughput``.
         total_steps: steps of the whole run.
-        steps_per_epoch: of them, in each epoch.
+        calendar: their epochs.
         first_step: steps that are done already.
         evaluated_step: the last of them whose evaluation is done.
         owed: what :meth:`owed` said when these steps were saved.
@@ -48,7 +49,7 @@ class RunLog:
         config,
         mode: str,
         total_steps: int = 0,
-        steps_per_epoch: int = 1,
+        calendar: Calendar | None = None,
         first_step: int = 0,
         evaluated_step: int = 0,
         owed: Mapping[str, str] | None = None,
@@ -56,7 +57,7 @@ class RunLog:
     ):
         self.folder = folder
         self.total_steps = total_steps
-        self.epochs = -(-total_steps // steps_per_epoch)
+        self.epochs = calendar.epoch_of(total_steps - 1)[0] + 1 if calendar and total_steps else 0
         self.first_step = first_step
         self.unwritten = Unwritten(self.message if is_main() else print)
         self._start = time.perf_counter()

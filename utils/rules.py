@@ -53,6 +53,10 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse("TRAIN.COMPRESS_GRADIENTS", "is for whole models; sharded ones follow AMP")
         if config.TRAIN.OPTIMIZER.NAME not in SHARDED_BY:
             refuse("TRAIN.SHARD", f"does not go with {config.TRAIN.OPTIMIZER.NAME}; use {' or '.join(SHARDED_BY)}")
+    if config.TRAIN.CURRICULUM:
+        check_curriculum(config, refuse)
+    if config.AUG.REPEATS > 1 and config.DATA.SAMPLER != "shuffle":
+        refuse("AUG.REPEATS", f"does not go with DATA.SAMPLER {config.DATA.SAMPLER}; set 1")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
     if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):
@@ -70,6 +74,22 @@ def check_together(config: Any, refuse: Refuse) -> None:
             refuse(key, "must name a folder below OUTPUT")
     if not Path(config.OUTPUT).parts:
         refuse("OUTPUT", "must name a folder")
+
+
+def check_curriculum(config: Any, refuse: Refuse) -> None:
+    """Check what does not go with settings that change on the way."""
+    train, changed = config.TRAIN, {key for entry in config.TRAIN.CURRICULUM for key in entry}
+    if train.STEPS:
+        refuse("TRAIN.CURRICULUM", "counts in epochs; set TRAIN.EPOCHS in place of TRAIN.STEPS")
+    if train.AUTO_MICRO_BATCH:
+        refuse("TRAIN.AUTO_MICRO_BATCH", "does not go with TRAIN.CURRICULUM; set False")
+    if "DATA.BATCH_SIZE" in changed and train.LR_SCHEDULER.NAME == "step":
+        refuse(
+            "TRAIN.LR_SCHEDULER.NAME",
+            "step counts epochs of one length; with DATA.BATCH_SIZE in TRAIN.CURRICULUM use multistep",
+        )
+    if "TRAIN.EMA_DECAY" in changed and not train.EMA_DECAY:
+        refuse("TRAIN.CURRICULUM", "changes TRAIN.EMA_DECAY, which is 0: set it for the end of the run")
 
 
 def check_loss(train: Any, refuse: Refuse) -> None:

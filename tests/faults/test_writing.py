@@ -16,6 +16,7 @@ from killing import curves, files_of
 from runs import RANDOM, Run, undisturbed_run
 
 from engine.checkpoints import Checkpoints
+from utils.calendar import Calendar, Span
 from utils.checkpoint import read
 from utils.errors import UserError
 from utils.files import MOST_BYTES_WAITING, Appender, Unwritten, remove_temporaries, write_whole
@@ -193,7 +194,7 @@ def test_an_epoch_that_is_missing_is_made_of_a_save(tmp_path):
     checkpoints.finish()
     fresh = Checkpoints(tmp_path)
     fresh.newest()
-    fresh.keep_missing(every=2, steps_per_epoch=10)
+    fresh.keep_missing(every=2, calendar=Calendar(Span(0, 10, 8)))
     assert read(tmp_path / "epoch_0002.pth", sealed=True)["step"] == 20
     assert not (tmp_path / "epoch_0001.pth").exists()
 
