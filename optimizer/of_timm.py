@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optimizer.arguments import arguments
+from utils.compat import orthogonalise_in_single_precision
 from utils.errors import UserError, did_you_mean
 
 REFUSED = {
@@ -95,6 +96,9 @@ def build(settings, groups: list[dict], lr: float) -> Optimizer:
     Raises:
         UserError: its class refuses an argument.
     """
+    device = next(parameter for group in groups for parameter in group["params"]).device
+    if settings.NAME.endswith("muon") and device.type == "cpu":
+        orthogonalise_in_single_precision()
     try:
         return create_optimizer_v2(groups, settings.NAME, lr=lr, **of_class(settings))
     except (AssertionError, TypeError, ValueError) as error:
