@@ -26,6 +26,11 @@ def _side_of_a_square(size: Any) -> Any:
     return size[0] if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1] else size
 
 
+def _as_names(value: Any) -> Any:
+    """Classes may be called 7, which YAML takes for a number."""
+    return [str(one) if type(one) is int else one for one in value] if isinstance(value, list) else value
+
+
 # fmt: off
 class Data(Section):
     """Images on disk, and as the model sees them."""
@@ -40,6 +45,12 @@ class Data(Section):
     VAL_SHARE: float = setting(
         0.0, "Share of each class that is set apart to evaluate on, where the data has no val, as a folder CLASS/*.jpg "
         "has none; which images, their names and SEED decide", at_least=0, below=1, task=CLASSES)
+    SUBSET: float = setting(
+        1.0, "Share of the images of each class to train on, for short trials; SEED decides which, and a larger share "
+        "has those of a smaller one", above=0, at_most=1, task=CLASSES)
+    ONLY_CLASSES: list[str] = setting(
+        [], "Names of the classes to learn, of those in the data; [] for all", task=CLASSES, reads=_as_names,
+        wanted="a list of names")
     SAMPLER: str = setting(
         "shuffle", "Order of training images: shuffle takes each once an epoch, balanced each class equally often",
         choices=("shuffle", "balanced"), task=CLASSES)

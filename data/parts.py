@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from data.index import ImageIndex
+from utils.randomness import derive_seed
 
 
 def falls_to_val(share: float, key: bytes) -> bool:
@@ -29,6 +30,23 @@ def divide(index: ImageIndex, share: float, seed: int) -> tuple["PartOfIndex", "
         dtype=bool,
     )
     return PartOfIndex(index, np.flatnonzero(~apart), counts=True), PartOfIndex(index, np.flatnonzero(apart))
+
+
+def subset(index: ImageIndex, share: float, seed: int) -> "PartOfIndex":
+    """Take the ``share`` of each class, one image at least; a larger share has all images of a smaller one."""
+    by_class = np.argsort(index.labels, kind="stable")
+    ends = np.searchsorted(index.labels[by_class], np.arange(len(index.classes) + 1))
+    rows = []
+    for name, start, end in zip(index.classes, ends, ends[1:], strict=False):
+        generator = np.random.RandomState(derive_seed(seed, "subset", name) & 0xFFFFFFFF)
+        rows.append(by_class[start:end][generator.permutation(end - start)][: max(round(share * (end - start)), 1)])
+    return PartOfIndex(index, np.sort(np.concatenate(rows)), counts=True)
+
+
+def only_classes(index: ImageIndex, classes: list[str]) -> ImageIndex:
+    """Take the images of these classes, which are numbered in this order."""
+    wanted = np.isin(index.labels, [number for number, name in enumerate(index.classes) if name in classes])
+    return PartOfIndex(index, np.flatnonzero(wanted), counts=True).with_classes(classes)
 
 
 class PartOfIndex(ImageIndex):

@@ -14,11 +14,11 @@ from data.folder import FolderLayout
 from data.index import ImageIndex, Layout, folder_of_mine, open_index
 from data.labels import TRAIN, UNSAID, VAL, LabelledLayout
 from data.layouts import SPLITS, find_layout, missing
-from data.parts import JoinedIndex, PartOfIndex, divide
+from data.parts import JoinedIndex, PartOfIndex, divide, only_classes, subset
 from data.remote import RemoteTarIndex, Store, find_remote_layout, is_url
 from data.timm_index import TimmIndex
 from utils.distributed import once_a_host
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.surroundings import expanded
 
 EXPECTED_IMAGES = "train/CLASS/*.jpg (see docs/data.md)"
@@ -47,7 +47,33 @@ def open_images(config, training: bool) -> tuple[ImageIndex | TimmIndex | None, 
         for part in index.parts if isinstance(index, JoinedIndex) else (index,):
             if isinstance(part, RemoteTarIndex) and config.DATA.CACHE_GB:
                 part.cache_in(folder_of_mine(config.DATA.CACHE_DIR), int(1e9 * config.DATA.CACHE_GB))
+    return _part_of(config, train, val, classes)
+
+
+def _part_of(config, train: ImageIndex | None, val: ImageIndex, classes: list[str]) -> Splits:
+    """Leave out what DATA.ONLY_CLASSES and DATA.SUBSET do not ask for."""
+    wanted = config.DATA.ONLY_CLASSES
+    if wanted:
+        for name in wanted:
+            if name not in classes:
+                raise UserError(f"DATA.ONLY_CLASSES: the data has no class {name!r}{did_you_mean(name, classes)}")
+        classes = [name for name in classes if name in wanted]
+        val = only_classes(val, classes)
+        train = None if train is None else only_classes(train, classes)
+        if not len(val):
+            raise UserError(
+                f"DATA.ONLY_CLASSES: no validation image is of {', '.join(classes[:NAMED])}; name more classes"
+            )
+    if train is not None and config.DATA.SUBSET < 1:
+        train = subset(train, config.DATA.SUBSET, config.SEED)
     return train, val, classes
+
+
+def describe_subset(config, train: ImageIndex | TimmIndex) -> str:
+    """Say in a line what is trained on where DATA.SUBSET leaves some out; empty where it does not."""
+    if config.DATA.SUBSET == 1 or not isinstance(train, PartOfIndex):
+        return ""
+    return f"trained on {len(train):,} of {len(train.whole):,} images (DATA.SUBSET {config.DATA.SUBSET:g})"
 
 
 def root_of(config, expected: str) -> Path:

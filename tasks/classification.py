@@ -27,7 +27,7 @@ from data.decoding import build_decoding
 from data.index import Index
 from data.loading import Batch, EvalLoader, TrainLoader
 from data.phases import PhasedLoader
-from data.splits import describe_share, open_images
+from data.splits import describe_share, describe_subset, open_images
 from models import build_model, load_weights
 from tasks import Loaders
 from tasks.class_names import as_ids, named_classes, number_as_the_model
@@ -94,9 +94,9 @@ class Classification:
             f"{len(train):,} images of {len(self.classes):,} classes  "
             f"augmented {'on the GPU' if on_device else 'by the loader processes'}"
         )
-        share = describe_share(config, train, val, self.classes)
+        notes = describe_share(config, train, val, self.classes), describe_subset(config, train)
         loader = PhasedLoader(loaders) if len(loaders) > 1 else loaders[0][1]
-        return Loaders(loader, self._eval_loader(val), described, (share,) if share else ())
+        return Loaders(loader, self._eval_loader(val), described, tuple(filter(None, notes)))
 
     def _train_loader(self, config: Config, index: Index) -> TrainLoader:
         transform = build_train_transform(config, augments_on_device(config, self.device))

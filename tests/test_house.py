@@ -18,6 +18,7 @@ BELOW = {
     "config": {"config_training", "utils"},
     "config_training": {"utils"},
     "reports": {"utils"},
+    "trials": {"config", "reports", "utils"},
     "utils": set(),
 }
 """The rooms, and what each may import besides itself. Commands may import all of them, and nobody imports commands."""

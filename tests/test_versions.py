@@ -44,7 +44,7 @@ def test_the_package_allows_what_the_trainer_allows():
         assert requirement.specifier == ALLOWED[canonicalize_name(requirement.name)].specifier, requirement.name
 
 
-EXTRAS = {"onnx", "onnxruntime", "schedulefree", "wandb", "nvidia", "triton"}
+EXTRAS = {"onnx", "onnxruntime", "optuna", "schedulefree", "wandb", "nvidia", "triton"}
 """What is imported only where somebody asks for it, with an error of our own where it is missing; and Triton, which
 comes with torch's builds for GPUs."""
 

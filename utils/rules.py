@@ -117,7 +117,9 @@ def check_data(data: Any, refuse: Refuse) -> None:
         for key in ("VAL_LABELS", "LABEL_COLUMNS"):
             if data[key]:
                 refuse(f"DATA.{key}", "goes with DATA.LABELS, which is not set")
-    for key, what in {"LABELS": data.LABELS, "VAL_SHARE": data.VAL_SHARE, "MORE_PATHS": data.MORE_PATHS}.items():
+    parts = {"SUBSET": data.SUBSET < 1, "ONLY_CLASSES": data.ONLY_CLASSES}
+    others = {"LABELS": data.LABELS, "VAL_SHARE": data.VAL_SHARE, "MORE_PATHS": data.MORE_PATHS}
+    for key, what in (others | parts).items():
         if what and "/" in data.FORMAT:
             refuse(f"DATA.{key}", f"is for folders and archives; DATA.FORMAT {data.FORMAT} has its own ways")
     if data.LABELS and data.LABELS == data.VAL_LABELS:
