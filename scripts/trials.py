@@ -1,9 +1,9 @@
 """Run many trials of a training with other settings, and compare them.
 
-    python scripts/trials.py my_trials.yaml --output trials/rates          all of them, one after another
-    python scripts/trials.py my_trials.yaml --output trials/rates --table  what has come of them so far
+    python scripts/trials.py my_trials.yaml --output output/rates          all of them, one after another
+    python scripts/trials.py my_trials.yaml --output output/rates --table  what has come of them so far
     python scripts/trials.py my_trials.yaml --count                        how many runs there are
-    python scripts/trials.py my_trials.yaml --output trials/rates --only 3 one run, as the tasks of a Slurm array do
+    python scripts/trials.py my_trials.yaml --output output/rates --only 3 one run, as the tasks of a Slurm array do
 
 docs/recipes.md says what the file holds. Trials that are stopped carry on with the same command.
 """
@@ -30,7 +30,7 @@ from utils.tables import show
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="scripts/trials.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("plan", type=a_path, metavar="FILE", help="YAML: what varies")
-    parser.add_argument("--output", type=a_path, metavar="DIR", help="folder of all results (trials/NAME of the file)")
+    parser.add_argument("--output", type=a_path, metavar="DIR", help="folder of all results (output/NAME of the file)")
     parser.add_argument("--only", type=int, metavar="N", help="run number N alone; with Optuna, worker N")
     parser.add_argument("--count", action="store_true", help="print how many runs there are, and end")
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and end")
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if given.count:
         print(plan.count if plan.is_drawn_by_optuna else len(plan.trials()) * len(plan.seeds))
         return 0
-    runs = Runs(plan, given.output or Path("trials", given.plan.stem), lambda line: print(line, flush=True))
+    runs = Runs(plan, given.output or Path("output", given.plan.stem), lambda line: print(line, flush=True))
     if not given.table:
         runs.listen()
         try:

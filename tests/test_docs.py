@@ -119,6 +119,12 @@ def place(tmp_path_factory) -> Path:
         output, tag = folder
         assert main.main([*arguments, "--output", str(root / output), "--tag", tag]) == 0
     (root / "output" / "crossformer_micro" / "my_images").symlink_to(root / "output" / "crossformer_micro" / "default")
+    for epoch in (1, 2):
+        kept = root / "output" / "crossformer_micro" / "default" / "checkpoints"
+        shutil.copy(kept / "best.pth", kept / f"epoch_000{epoch}.pth")
+    few = " ".join(LESS)
+    flags = f"--cfg configs/micro.yaml --data-path {root / 'imagenet'} --opts {few}"
+    (root / "my_trials.yaml").write_text(f"flags: {flags}\nvariants:\n  one: {{}}\n")
     for name in ("crossformer_small", "crossformer_base"):
         (root / "output" / name).symlink_to(root / "output" / "crossformer_micro")
     arguments = ["--cfg", "configs/segmentation/semantic_fpn_micro.yaml", "--data-path", str(root / "nuclei")]
@@ -170,6 +176,7 @@ def test_commands_of_main(place, tmp_path, command):
     evaluated = ["TEST.REAL_LABELS"] if "TEST.REAL_LABELS" in words else []
     less = LESS_PIXELS if any(map(OF_SEGMENTATION.search, words)) else LESS
     less = LESS_OBJECTS if any(map(OF_DETECTION.search, words)) else less
+    less = [*less, *(["TRAIN.TEACHER.AT_LEAST", "0.001"] if "TRAIN.TEACHER.FROM" in words else [])]
     less = [*less, *(["MODEL.DROP_PATH_RATE", "0"] if "swin_tiny_patch4_window7_224" in words else [])]
     status = main.main(["--output", str(tmp_path), "--opts", *less, *in_place(words, place)])
     assert status == (2 if evaluated else 0)  # digits are not ImageNet, whose own images test_metrics.py has

@@ -170,8 +170,8 @@ def test_args_yaml_of_timm(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bce_loss": True}, "bce_loss True .*: the loss is cross entropy"),
-        ({"aug_repeats": 3, "jsd_loss": True}, "has 2 settings without a counterpart"),
+        ({"mixup_off_epoch": 5}, "mixup_off_epoch 5 .*: TRAIN.CURRICULUM"),
+        ({"mixup_off_epoch": 5, "jsd_loss": True}, "has 2 settings without a counterpart"),
         ({"lr": None}, "write the learning rate itself"),
         ({"sched": "plateau"}, "TRAIN.LR_SCHEDULER.NAME plateau"),
         ({"lamb_thing": 1}, "lamb_thing .*unknown"),

@@ -141,8 +141,12 @@ def test_two_trials_and_their_page(tmp_path, digits):
 def start_trials(path: Path, output: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "scripts/trials.py", str(path), "--output", str(output)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.slow
