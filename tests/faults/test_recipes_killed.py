@@ -28,7 +28,7 @@ BORDER = 6
 """72 images, 12 a step: the step with which the second epoch begins."""
 
 
-@pytest.mark.parametrize("ingredient", quick(INGREDIENTS, ("muon", "sizes")))
+@pytest.mark.parametrize("ingredient", quick(INGREDIENTS, ("sizes",)))
 def test_killed_and_carried_on(run_main, digits, ingredient):
     opts = INGREDIENTS[ingredient]
     flags = (
