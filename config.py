@@ -293,7 +293,12 @@ def phases(config: Config) -> list[tuple[int, Config]]:
         for first, last, changes in entries:
             for key, value in changes.items() if first <= epoch < last else ():
                 settings.assign(phase, key, value, "TRAIN.CURRICULUM")
-        settings.check_values(phase, dict.fromkeys(CHANGEABLE, "TRAIN.CURRICULUM"))
+        origin = dict.fromkeys(CHANGEABLE, "TRAIN.CURRICULUM")
+        settings.check_values(phase, origin)
+        if config.TRAIN.EMA_DECAY and not phase.TRAIN.EMA_DECAY:
+            raise UserError("TRAIN.EMA_DECAY 0.0 (TRAIN.CURRICULUM): an average that is kept needs a decay above 0")
+        if entries:
+            rules.check_together(phase, partial(settings.refuse, phase, origin))
         phase.freeze()
         if not found or flatten(found[-1][1]) != flatten(phase):
             found.append((epoch, phase))
@@ -317,7 +322,7 @@ def _read_entry(config: Config, number: int) -> tuple[int, int, dict[str, Any]]:
     changes = {key: value for key, value in entry.items() if key not in ("FROM", "UNTIL")}
     for key in changes:
         if key not in CHANGEABLE:
-            raise UserError(f"{name} has {key}, which cannot change on the way{did_you_mean(key, CHANGEABLE)}")
+            raise UserError(f"{name} has {key}, which cannot change on the way{did_you_mean(str(key), CHANGEABLE)}")
     if not changes or len(changes) == len(entry):
         raise UserError(
             f"{name} must have FROM or UNTIL, and a setting, for example {{UNTIL: 0.4, DATA.IMG_SIZE: 160}}"

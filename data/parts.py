@@ -45,7 +45,8 @@ def subset(index: ImageIndex, share: float, seed: int) -> "PartOfIndex":
 
 def only_classes(index: ImageIndex, classes: list[str]) -> ImageIndex:
     """Take the images of these classes, which are numbered in this order."""
-    wanted = np.isin(index.labels, [number for number, name in enumerate(index.classes) if name in classes])
+    names = {*classes}
+    wanted = np.isin(index.labels, [number for number, name in enumerate(index.classes) if name in names])
     return PartOfIndex(index, np.flatnonzero(wanted), counts=True).with_classes(classes)
 
 
@@ -70,6 +71,8 @@ class PartOfIndex(ImageIndex):
         return self.whole.read(int(self.rows[i]))
 
     def read_ahead(self, part: int, parts: int) -> int:
+        if type(self.whole).read_ahead is ImageIndex.read_ahead:
+            return super().read_ahead(part, parts)  # image by image: its own alone
         return self.whole.read_ahead(part, parts)
 
     def expect(self, numbers: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from config import Config, flatten, phases
 from engine.ema import Ema
-from engine.model import check_image_size
+from engine.model import check_image_size, check_smallest_batch
 from models import set_drop_path_rate
 from tasks import Task
 from utils.calendar import Calendar
@@ -32,11 +32,14 @@ class Curriculum:
         """Find out whether the model takes the images of all phases.
 
         Raises:
-            UserError: it does not.
+            UserError: it does not, or the teacher does not.
         """
+        check_smallest_batch(self.config, self.model, min(phase.DATA.BATCH_SIZE for *_, phase in self.phases))
         sizes = {str(phase.DATA.IMG_SIZE): phase.DATA.IMG_SIZE for *_, phase in self.phases}
         for size in sizes.values() if len(self.phases) > 1 else ():
             check_image_size(self.model, size, device)
+        for size in sizes.values() if self.task.teacher else ():
+            check_image_size(cast(Any, self.task.teacher), size, device)
         for *_, phase in self.phases if len(self.phases) > 1 else ():
             set_drop_path_rate(self.model, phase, self.config)
         if self.config.TRAIN.COMPILE != "none":
@@ -51,7 +54,7 @@ class Curriculum:
         _, epoch, phase = self.phases[number]
         cast(Any, self.task).phase = phase  # only classification has a curriculum
         set_drop_path_rate(self.model, phase, self.config)
-        if self.ema and phase.TRAIN.EMA_DECAY:
+        if self.ema and phase.TRAIN.EMA_DECAY:  # which is 0 for an average that has no decay
             self.ema.decay = phase.TRAIN.EMA_DECAY
         there = [flatten(other) for *_, other in self.phases]
         changing = [key for key in there[0] if len({str(one[key]) for one in there}) > 1]

@@ -10,10 +10,10 @@ import torch
 
 from config import Config, output_dir
 from data.loading import naming_dead_workers
+from engine.curriculum import Curriculum
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import (
     check_image_size,
-    check_smallest_batch,
     compile_in_place,
     prepare_model,
     set_training_mode,
@@ -22,6 +22,7 @@ from engine.precision import choose_precision
 from engine.resume import read_on_main
 from engine.state import TrainState
 from engine.step import TrainStep
+from engine.teaching import task_with_teacher
 from engine.train import check_same_data
 from lr_scheduler import build_scheduler, rate_scale, total_steps
 from optimizer import build_optimizer, set_learning_rate
@@ -66,15 +67,17 @@ class Trials:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.parts = config, 1
+        self.task = task_with_teacher(build_task, config, device)
         with agreement():
             bar.doing("looking through the data")
-            self.task = build_task(config, device)
             self.loader = self.task.train_loaders().train
             bar.doing("building the network")
             self.precision = choose_precision(config, device)
             self.model = prepare_model(config, self.task.model, device)
             check_image_size(self.model, config.DATA.IMG_SIZE, device)
-            check_smallest_batch(config, self.model, config.DATA.BATCH_SIZE)
+            curriculum = Curriculum(config, self.loader.calendar, self.task, self.model, None)
+            curriculum.check(device)
+            curriculum.enter(0)  # trials are of the beginning
             build_scheduler(config, self.loader.calendar)  # refuses what a run would
         check_same_data(self.loader.dataset.index)
         self.notes: list[str] = []
@@ -152,7 +155,7 @@ def run_find_lr(config: Config, device: torch.device, words: Sequence[str]) -> F
     trials = Trials(config, device)
     loader, run = trials.loader, total_steps(config, trials.loader.calendar)
     steps = min(max(int(SHARE * run / TRIALS) - 1, FEWEST), MOST)
-    scale = rate_scale(config, loader.global_batch)
+    scale = rate_scale(config, loader.calendar.global_batch_at(0))
     with agreement():
         log = RunLog(output_dir(config), config, "find_lr")
     if config.DATA.ON_BAD_IMAGE == "skip":

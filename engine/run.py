@@ -213,6 +213,7 @@ class Run:
         keep = epoch if every and not steps_into_epoch and epoch and epoch % every == 0 else None
         facts = {
             "global_batch": self.loader.global_batch,
+            "calendar": [list(span) for span in self.calendar.spans],
             "images": len(self.loader.dataset),
             "epoch": epoch,
             "config": self.config.dump(),

@@ -18,7 +18,7 @@ from engine import validation
 from engine.ema import Ema
 from models import load_weights
 from utils import parallel
-from utils.calendar import Calendar
+from utils.calendar import Calendar, Span
 from utils.checkpoint import choose, weights_in
 from utils.distributed import broadcast_from_main
 from utils.errors import UserError
@@ -189,14 +189,18 @@ def step_after(content: dict[str, Any], calendar: Calendar, path: Path) -> int:
 
     Images that a step would have only in part are seen again.
     """
-    before, now = content["global_batch"], calendar.global_batch
+    before, now, spans = content["global_batch"], calendar.global_batch, content.get("calendar")
+    there = Calendar(*(Span(*span) for span in spans)) if spans else None
+    if (there and not there.is_even) or not calendar.is_even:
+        if there and there.until(content["step"]) != calendar.until(content["step"]):
+            raise UserError(
+                f"{path} has trained with batches that TRAIN.CURRICULUM now has in other epochs, so its step is of "
+                "another place in the data: keep DATA.BATCH_SIZE, the accumulation, the processes, and shares of "
+                "TRAIN.EPOCHS that lie behind"
+            )
+        return content["step"]
     if before == now:
         return content["step"]
-    if not calendar.is_even:
-        raise UserError(
-            f"{path} was trained with a global batch of {before:,} images at the end, this run has {now:,}: where "
-            "TRAIN.CURRICULUM changes the batch it stays the same on resume; change DATA.BATCH_SIZE or the accumulation"
-        )
     epoch, steps_into_epoch = divmod(content["step"], content["images"] // before)
     steps_per_epoch = calendar.first_step(1)
     return epoch * steps_per_epoch + min(steps_into_epoch * before // now, steps_per_epoch)

@@ -13,7 +13,6 @@ from engine.curriculum import Curriculum
 from engine.ema import ScheduleFreeAverage, build_ema
 from engine.memory import naming_out_of_memory, parts_that_fit
 from engine.model import (
-    check_smallest_batch,
     compile_in_place,
     describe_model,
     giga_macs,
@@ -26,14 +25,14 @@ from engine.run import Run
 from engine.state import TrainState
 from engine.step import TrainStep
 from engine.stopping import Stopped, StopRequest
-from engine.teaching import check_teacher
+from engine.teaching import check_teacher, task_with_teacher
 from lr_scheduler import build_scheduler, rate_scale, total_steps
 from models import left_out
 from optimizer import (
     averages_by_itself,
     build_optimizer,
     check_optimizer,
-    describe_waiting,
+    describe_optimizer,
     set_learning_rate,
 )
 from tasks import Task, build_task
@@ -75,16 +74,15 @@ def train_in_folder(
 ) -> None:
     """Put the run together and train, for the one who holds the results folder."""
     unshared = check_shared(output_dir(config))
+    task = task_with_teacher(choose_task, config, device)
     with agreement():
         check_optimizer(config)
-        task = choose_task(config, device)
         bar.doing("looking through the data")
         loaders = task.train_loaders()
         bar.doing("building the network")
         precision = choose_precision(config, device)
         model = prepare_model(config, task.model, device)
         gmac = giga_macs(model, config.DATA.IMG_SIZE, device)
-        check_smallest_batch(config, model, config.DATA.BATCH_SIZE)
         curriculum = Curriculum(config, loaders.train.calendar, task, model, None)
         curriculum.check(device)
     check_same_data(loaders.train.dataset.index)
@@ -120,7 +118,7 @@ def train_in_folder(
         )
         indexes = {"train": loaders.train.dataset.index, "val": loaders.val.dataset.index}
         of_data = describe_left_out(indexes), *loaders.notes
-        notes = describe_hosts(), lock.note, unshared, describe_waiting(config, device), *left_out(config), *of_data
+        notes = describe_hosts(), lock.note, unshared, describe_optimizer(config, device), *left_out(config), *of_data
         for line in filter(None, (*notes, *started_from)):
             log.message(line)
         if config.DATA.ON_BAD_IMAGE == "skip":

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from models.weights import is_finite
+from optimizer import COUNTERS
 from utils.fields import MOST_STEPS, are_fractions, fail
 
 
@@ -135,7 +136,8 @@ def after_a_step(optimizer: Optimizer) -> tuple[Callable[[Tensor], dict[str, Any
 
     first, of_first = next(iter(groups.items()))
     after = step(first, of_first)[1]
-    counted = {key: value for key, value in after.items() if key != "params" and not _same(value, of_first.get(key))}
+    changed = {key: value for key, value in after.items() if key != "params" and not _same(value, of_first.get(key))}
+    counted = changed | {key: after[key] for key in COUNTERS if key in after}  # which may stay at 0 at first
     return kept, counted
 
 

@@ -1,7 +1,9 @@
 """What the settings of TRAIN.OPTIMIZER mean for the class of an optimizer."""
 
 import inspect
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from utils.errors import UserError, did_you_mean
@@ -61,5 +63,12 @@ def arguments(settings, kind: type, betas: int = 2, elsewhere: Sequence[str] = (
                 f"TRAIN.OPTIMIZER.KWARGS: {name} does not take {key}{did_you_mean(key, known)}; "
                 f"it takes {', '.join(known)}"
             )
-        found[key] = value
+        found[key] = _number(value)
     return found
+
+
+def _number(value: Any) -> Any:
+    """Take a text such as 1e-4, which YAML does not take for a number, for one."""
+    with suppress(TypeError, ValueError):
+        return float(value) if isinstance(value, str) and re.fullmatch(r"[-+.\de]+", value) else value
+    return value

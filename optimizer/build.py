@@ -115,11 +115,14 @@ def check_optimizer(config) -> None:
         of_timm.check(settings, [*OWN, *schedule_free.CLASSES])
 
 
-def describe_waiting(config, device: torch.device) -> str:
-    """Say in a line if an optimizer is slower on a GPU than others; empty if it is not."""
-    name = config.TRAIN.OPTIMIZER.NAME
-    waits = name in of_timm.WAITING and device.type == "cuda"
-    return f"{name} lets the host wait for the device at every step" if waits else ""
+def describe_optimizer(config, device: torch.device) -> str:
+    """Say in a line what somebody may not expect of the optimizer; empty where there is nothing."""
+    name, schedule = config.TRAIN.OPTIMIZER.NAME, config.TRAIN.LR_SCHEDULER.NAME
+    if name in of_timm.WAITING and device.type == "cuda":
+        return f"{name} lets the host wait for the device at every step"
+    if schedule_free.averages_by_itself(name) and schedule != "constant":
+        return f"{name} is made for TRAIN.LR_SCHEDULER.NAME constant, and this is {schedule}"
+    return ""
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

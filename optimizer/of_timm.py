@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any, cast
 
+import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
@@ -65,7 +66,8 @@ def of_class(settings) -> dict[str, Any]:
         UserError: it does not take something.
     """
     kind = cast(type, get_optimizer_class(settings.NAME, bind_defaults=False))
-    found = arguments(settings, kind, get_optimizer_info(settings.NAME).num_betas, FALLBACK)
+    elsewhere = FALLBACK if settings.NAME.endswith("muon") else ()
+    found = arguments(settings, kind, get_optimizer_info(settings.NAME).num_betas, elsewhere)
     if "max_grad_norm" in inspect.signature(kind).parameters:
         found.setdefault("max_grad_norm", None)  # TRAIN.CLIP_GRAD has clipped already
     return found
@@ -100,6 +102,12 @@ def build(settings, groups: list[dict], lr: float) -> Optimizer:
     if settings.NAME.endswith("muon") and device.type == "cpu":
         orthogonalise_in_single_precision()
     try:
-        return create_optimizer_v2(groups, settings.NAME, lr=lr, **of_class(settings))
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"TRAIN.OPTIMIZER {settings.NAME}: {error}") from error
+        optimizer = create_optimizer_v2(groups, settings.NAME, lr=lr, **of_class(settings))
+        if settings.KWARGS and device.type != "meta":
+            small = torch.zeros(2, 2, device=device, requires_grad=True)
+            small.grad = torch.zeros_like(small)
+            create_optimizer_v2([small], settings.NAME, lr=lr, **of_class(settings)).step()  # refuses the rest
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or "it does not take one of its KWARGS"
+        raise UserError(f"TRAIN.OPTIMIZER {settings.NAME}: {reason}") from error
+    return optimizer

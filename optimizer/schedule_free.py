@@ -19,6 +19,10 @@ CLASSES = {
 """Names in the settings, and in the package ``schedulefree``."""
 
 
+COUNTERS = "k", "weight_sum", "lr_max", "scheduled_lr"
+"""What they count in their groups, and what a checkpoint has to hold."""
+
+
 def class_of(name: str) -> type:
     """Give the class of an optimizer.
 
@@ -39,8 +43,11 @@ def build(settings, groups: list[dict], lr: float) -> Optimizer:
         UserError: it does not take an argument.
     """
     kind = class_of(settings.NAME)
+    given = arguments(settings, kind)
+    if 0 in (given.get("momentum", 1), *given.get("betas", ())[:1]):
+        raise UserError(f"TRAIN.OPTIMIZER {settings.NAME}: the first of BETAS, or MOMENTUM, must be above 0")
     try:
-        optimizer = kind(groups, lr=lr, **arguments(settings, kind))
+        optimizer = kind(groups, lr=lr, **given)
     except (TypeError, ValueError) as error:
         raise UserError(f"TRAIN.OPTIMIZER {settings.NAME}: {error}") from error
     optimizer.train()  # and it stays so: the average has a place of its own

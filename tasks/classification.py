@@ -35,7 +35,7 @@ from tasks.distillation import Distillation, build_teacher
 from tasks.mistakes import Mistakes
 from tasks.real_labels import RealLabels, describe_real
 from tasks.report import Report
-from tasks.trained import prepared_otherwise
+from tasks.trained import TrainedModel, prepared_otherwise
 from utils import checkpoint
 from utils.distributed import sum_over_ranks
 from utils.errors import UserError
@@ -53,6 +53,7 @@ class Classification:
     Attributes:
         classes: their names as the model counts them, once data is open.
         phase: the config that holds while a phase of TRAIN.CURRICULUM lasts.
+        learns_from: the trained classifier that is its teacher; to be set before data is opened.
     """
 
     best_is, best_title = "top1", "top-1"
@@ -65,6 +66,7 @@ class Classification:
         self._real: RealLabels | None = None
         self._val: Index | None = None
         self._weights: Tensor | None = None
+        self.learns_from: TrainedModel | None = None
         self._distillation: Distillation | None = None
 
     def model(self) -> nn.Module:
@@ -84,8 +86,8 @@ class Classification:
         on_device = augments_on_device(config, self.device)
         loaders = [(epoch, self._train_loader(phase, train)) for epoch, phase in phases(config)]
         self._mixes = True
-        if teacher := build_teacher(config, self.classes, self.device):
-            asked = config.TRAIN.TEACHER
+        if self.learns_from is not None:
+            teacher, asked = build_teacher(config, self.learns_from, self.classes, self.device), config.TRAIN.TEACHER
             self._distillation = Distillation(teacher, asked.KIND, asked.TEMPERATURE)
         if config.TRAIN.CLASS_WEIGHTS == "balanced":
             counts = np.bincount(labels_of(train, "TRAIN.CLASS_WEIGHTS balanced"), minlength=len(self.classes))

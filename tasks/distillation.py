@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from config import Config
 from tasks.trained import TrainedModel, load_trained
-from utils.distributed import from_main, is_main
+from utils.distributed import agreement, from_main, is_main
 from utils.errors import UserError
+from utils.image_size import height_and_width
 from utils.parallel import unwrap
 
 
@@ -44,6 +45,7 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.source, self.least = source, least
+        self.pretrained_cfg = trained.model.pretrained_cfg  # for whoever asks what images it takes
         self.model = trained.model.requires_grad_(False)
         data = trained.config.DATA
         own_mean, own_std = torch.tensor(data.MEAN), torch.tensor(data.STD)
@@ -54,8 +56,8 @@ class Teacher(nn.Module):
         self.normalises_alike = bool(torch.all(scale == 1) and torch.all(shift == 0))
         takes_all = columns == list(range(cast(Any, trained.model).num_classes))
         self.register_buffer("columns", None if takes_all else torch.tensor(columns))
-        made_for = cast(Any, trained.model).pretrained_cfg
-        self.size = tuple(made_for["input_size"][1:]) if made_for.get("fixed_input_size") else None
+        is_fixed = cast(Any, trained.model).pretrained_cfg.get("fixed_input_size")
+        self.size = height_and_width(data.IMG_SIZE) if is_fixed else None
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -73,29 +75,46 @@ class Teacher(nn.Module):
         return logits if self.columns is None else logits[:, self.columns]
 
 
-def build_teacher(config: Config, classes: list[str], device: torch.device) -> Teacher | None:
-    """The teacher that ``config.TRAIN.TEACHER`` names, for a student of these classes; None where it names none.
+def read_teacher(config: Config) -> TrainedModel | None:
+    """Read the classifier that ``config.TRAIN.TEACHER`` names; None where it names none.
 
-    A collective: rank 0 alone reads it.
+    A collective: rank 0 alone reads it and hands it to the others.
 
     Raises:
-        UserError: it cannot be read, is no classifier, or does not know a class.
+        AgreedError: it cannot be read.
     """
-    asked = config.TRAIN.TEACHER
+    asked, trained = config.TRAIN.TEACHER, None
     if not asked.FROM:
         return None
-    trained = from_main(load_trained(file_of(asked.FROM), torch.device("cpu"), asked.NAME) if is_main() else None)
+    with agreement():
+        if is_main():
+            try:
+                trained = load_trained(file_of(asked.FROM), torch.device("cpu"), asked.NAME)
+            except UserError as error:
+                raise UserError(str(error).replace("--model", "TRAIN.TEACHER.NAME")) from error
+    return from_main(trained)
+
+
+def build_teacher(config: Config, trained: TrainedModel, classes: list[str], device: torch.device) -> Teacher:
+    """Make a teacher of a classifier, for a student of these classes.
+
+    Raises:
+        UserError: it is no classifier, or does not know a class.
+    """
+    asked = config.TRAIN.TEACHER
     if trained.config.TASK != "classification":
         raise UserError(f"TRAIN.TEACHER.FROM {asked.FROM} is a model for {trained.config.TASK}; take a classifier")
     names = trained.class_ids
     missing = [name for name in classes if name not in names]
-    if missing and len(names) != len(classes):
+    by_place = len(missing) == len(names) == len(classes)  # it calls none of them by its name
+    if missing and not by_place:
         raise UserError(
             f"TRAIN.TEACHER.FROM {asked.FROM} does not know {len(missing)} of the {len(classes)} classes, the first is "
             f"{missing[0]!r}; take a teacher of the same classes"
         )
     columns = list(range(len(classes))) if missing else [names.index(name) for name in classes]
-    least = asked.AT_LEAST or min(2 * 100 / len(classes), 100)
+    guessing = 100 / len(classes)
+    least = asked.AT_LEAST or min(2 * guessing, (guessing + 100) / 2)
     return Teacher(trained, columns, config.DATA.MEAN, config.DATA.STD, asked.FROM, least).to(device)
 
 
@@ -146,7 +165,7 @@ class Distillation:
         """Give the mean loss of the student's logits ``(B, classes)`` for images ``(B, 3, H, W)``."""
         answers = self.teacher(images).float()
         if self._own is not None and self._teachers is not None:
-            return 1 - similarity(self._own.take().float(), self._teachers.take().float())
+            return 1 - similarity(self._own.take(), self._teachers.take())
         if self.kind == "hard":
             return F.cross_entropy(logits, answers.argmax(dim=1))
         return soft_loss(logits.float(), answers, self.temperature)
@@ -169,6 +188,7 @@ def similarity(features: Tensor, others: Tensor) -> Tensor:
     Args:
         features, others: ``(B, C)`` and ``(B, D)``.
     """
-    x, y = (of - of.mean(dim=0) for of in (features, others))
-    own, theirs = x @ x.T, y @ y.T
-    return (own * theirs).sum() / (own.norm() * theirs.norm()).clamp(min=1e-12)
+    with torch.autocast(features.device.type, enabled=False):  # in half precision the products overflow
+        x, y = (of.float() - of.float().mean(dim=0) for of in (features, others))
+        own, theirs = x @ x.T, y @ y.T
+        return (own * theirs).sum() / (own.norm() * theirs.norm()).clamp(min=1e-12)

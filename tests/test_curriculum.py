@@ -3,17 +3,20 @@
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from conftest import TINY_RUN, assert_same_tensors
 
-from config import build_config, phases
+from config import build_config, phases, settings_in
 from data.sampling import TrainBatches
+from engine.curriculum import Curriculum
 from engine.state import step_after
 from lr_scheduler import build_scheduler, total_steps
 from models import set_drop_path_rate
+from tasks import build_task
 from utils.calendar import Calendar, Span
 from utils.errors import UserError
 
@@ -57,10 +60,16 @@ def test_when_each_setting_holds():
         ("[{UNTIL: 5, TRAIN.BASE_LR: 0}]", [], "has TRAIN.BASE_LR, which cannot change"),
         ("[{UNTIL: 5, AUG.MIXUP: -1}]", [], "AUG.MIXUP -1.0 .TRAIN.CURRICULUM.: must be at least 0"),
         ("[{UNTIL: 5, AUG.MIXUP: x}]", [], "AUG.MIXUP must be a number"),
+        ("[{UNTIL: 5, 7: 3}]", [], "has 7, which cannot change"),
+        ("[{UNTIL: 5, AUG.SCALE: [0.9, 0.1]}]", [], "AUG.SCALE .*must be a smallest value"),
+        ("[{UNTIL: 5, AUG.REPEATS: 3}]", ["DATA.SAMPLER", "balanced"], "AUG.REPEATS 3 .*does not go with DATA.SAMPLER"),
+        ("[{UNTIL: 5, TRAIN.EMA_DECAY: 0}]", ["TRAIN.EMA_DECAY", "0.9"], "needs a decay above 0"),
+        ("[]", ["TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", "4"], "COOLDOWN_EPOCHS .*is read by .* constant, not by cosine"),
+        ("[]", ["TRAIN.LR_SCHEDULER.CYCLE_EPOCHS", "4"], "CYCLE_EPOCHS .*is read by .* restarts, not by cosine"),
         ("[5]", [], "TRAIN.CURRICULUM .*must be a list of dicts"),
         ("[{UNTIL: 5, AUG.MIXUP: 0}]", ["TRAIN.STEPS", "9"], "TRAIN.CURRICULUM .*counts in epochs"),
         ("[{UNTIL: 5, AUG.MIXUP: 0}]", ["TRAIN.AUTO_MICRO_BATCH", "True"], "TRAIN.AUTO_MICRO_BATCH"),
-        ("[{UNTIL: 5, DATA.BATCH_SIZE: 4}]", ["TRAIN.LR_SCHEDULER.NAME", "step"], "use multistep"),
+        ("[{UNTIL: 5, DATA.BATCH_SIZE: 4}]", ["TRAIN.LR_SCHEDULER.NAME", "step"], "use cosine or multistep"),
         ("[{UNTIL: 5, TRAIN.EMA_DECAY: 0.9}]", [], "changes TRAIN.EMA_DECAY, which is 0"),
         ("[{UNTIL: 5, AUG.MIXUP: 0}]", ["TASK", "segmentation"], "is read by classification only"),
     ],
@@ -177,12 +186,56 @@ def test_a_run_with_phases_carries_on_exactly(run_main, digits):
 
 
 def test_another_batch_is_refused_where_it_changes_on_the_way():
-    content = {"global_batch": 12, "step": 5, "images": 72}
-    assert step_after(content, Calendar(Span(0, 4, 18), Span(1, 6, 12)), Path("last.pth")) == 5
-    with pytest.raises(
-        UserError, match="last.pth was trained with a global batch of 12 images .* stays the same on res"
-    ):
-        step_after(content, Calendar(Span(0, 4, 18), Span(1, 12, 6)), Path("last.pth"))
+    content = {"global_batch": 12, "step": 9, "images": 72, "calendar": [[0, 4, 18], [1, 6, 12]]}
+    others = (
+        Calendar(Span(0, 4, 18), Span(1, 12, 6)),
+        Calendar(Span(0, 4, 18), Span(2, 6, 12)),
+        Calendar(Span(0, 6, 12)),
+    )
+    assert step_after(content, Calendar(Span(0, 4, 18), Span(1, 6, 12)), Path("last.pth")) == 9
+    assert step_after({**content, "step": 4}, others[1], Path("last.pth")) == 4  # the border lies ahead
+    for calendar in others:
+        with pytest.raises(UserError, match="last.pth has trained with batches that TRAIN.CURRICULUM now has in other"):
+            step_after(content, calendar, Path("last.pth"))
+    even = {**content, "calendar": [[0, 6, 12]]}
+    assert step_after(even, Calendar(Span(0, 12, 6)), Path("last.pth")) == 18
+
+
+def test_each_phase_goes_through_the_data(digits):
+    """72 images: an epoch of 4 steps of 18, two of 6 steps of 12; each epoch has every image once."""
+    opts = ["DATA.DATA_PATH", str(digits), "DATA.BATCH_SIZE", "12", "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "3"]
+    opts += ["TRAIN.WARMUP_EPOCHS", "0", "TRAIN.CURRICULUM", "[{UNTIL: 1, DATA.BATCH_SIZE: 18}]"]
+    config = build_config("configs/micro.yaml", opts)
+    train = build_task(config, torch.device("cpu")).train_loaders().train
+    seen = [train.global_batch_of(step) for step in range(16)]
+    assert [keys[0][0] for keys in seen] == [0] * 4 + [1] * 6 + [2] * 6
+    for steps in (slice(0, 4), slice(4, 10), slice(10, 16)):
+        assert sorted(i for keys in seen[steps] for _, i, *_ in keys) == list(range(72))
+    batches = list(train.micro_batches(3, 6))
+    assert [batch.numbers.tolist() for batch in batches] == [[i for _, i, *_ in keys] for keys in seen[3:6]]
+
+
+def test_what_a_phase_changes():
+    """Forth and back, as when a run is carried on."""
+    curriculum = "[{FROM: 2, AUG.MIXUP: 0, TRAIN.EMA_DECAY: 0.7, MODEL.DROP_PATH_RATE: 0.3}]"
+    opts = ["TRAIN.EPOCHS", "3", "TRAIN.WARMUP_EPOCHS", "0", "TRAIN.EMA_DECAY", "0.5", "TRAIN.CURRICULUM", curriculum]
+    config = build_config("configs/micro.yaml", [*opts, "AUG.MIXUP", "0.8"])
+    task, ema, model = SimpleNamespace(phase=config), SimpleNamespace(decay=0.5), timm.create_model("crossformer_micro")
+    entered = Curriculum(config, Calendar(Span(0, 4, 8)), task, model, ema)
+    found = []
+    for step in (0, 7, 8, 7):
+        entered.enter(step)
+        found.append((ema.decay, task.phase.AUG.MIXUP, round(model.layers[-1].blocks[-1].drop_path_rate, 3)))
+    assert found == [(0.5, 0.8, 0.1), (0.5, 0.8, 0.1), (0.7, 0.0, 0.3), (0.5, 0.8, 0.1)]
+
+
+def test_what_stands_twice_in_a_file_is_read_again(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(
+        "TRAIN:\n  CURRICULUM:\n  - {UNTIL: 0.4, AUG.SCALE: &s [0.2, 1.0]}\n  - {FROM: 0.6, AUG.SCALE: *s}\n"
+    )
+    config = build_config(str(path))
+    assert settings_in(config.dump(), "x")["TRAIN.CURRICULUM"] == config.TRAIN.CURRICULUM
 
 
 @pytest.mark.slow
@@ -200,8 +253,6 @@ def test_two_processes_go_through_phases_like_one(run_main, digits):
 
 
 def test_copies_of_an_image_are_augmented_apart(digits):
-    from tasks import build_task
-
     opts = ["DATA.DATA_PATH", str(digits), "AUG.REPEATS", "3", "DATA.BATCH_SIZE", "12", "DATA.NUM_WORKERS", "0"]
     config = build_config("configs/micro.yaml", [*opts, "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"])
     batch = next(build_task(config, torch.device("cpu")).train_loaders().train.micro_batches(0, 1))

@@ -1,6 +1,7 @@
 """What a classifier minimises: its labels, each class by itself, and what a teacher says."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -91,7 +92,9 @@ def teacher_of(network: nn.Module, columns: list[int], opts: list[str]) -> Teach
 def test_a_teacher_is_asked_in_its_own_words():
     """Its own normalising, its own order of classes, its own size where it has one; and it stays as it is."""
     network = Says(size=8)
-    teacher = teacher_of(network, [2, 0], ["DATA.MEAN", "[0.1, 0.2, 0.3]", "DATA.STD", "[0.5, 0.5, 0.5]"])
+    teacher = teacher_of(
+        network, [2, 0], ["DATA.IMG_SIZE", "8", "DATA.MEAN", "[0.1, 0.2, 0.3]", "DATA.STD", "[0.5, 0.5, 0.5]"]
+    )
     pixels = torch.rand(2, 3, 16, 16)
     answers = teacher.train()((pixels - 0.5) / 0.25)
     assert tuple(network.seen.shape) == (2, 3, 8, 8)
@@ -102,6 +105,20 @@ def test_a_teacher_is_asked_in_its_own_words():
     torch.testing.assert_close(answers, network.head(expected.mean((2, 3)))[:, [2, 0]].detach())
     assert not answers.requires_grad
     assert not any(module.training for module in teacher.modules())
+
+
+def test_shares_of_labels_and_teacher():
+    task = Classification(build_config(opts=["TRAIN.TEACHER.FROM", "x", "TRAIN.TEACHER.WEIGHT", "0.9"]), CPU)
+    task._distillation = SimpleNamespace(watch=lambda _: None, loss=lambda logits, images: torch.tensor(100.0))
+    loss, terms = task.loss(nn.Identity(), Batch(torch.tensor([[2.0, 0.0]]), torch.tensor([0]), torch.arange(1)))
+    assert float(loss) == pytest.approx(0.1 * float(terms["loss_labels"]) + 0.9 * 100)
+
+
+def test_alike_in_half_precision_too():
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 768) * 30, torch.randn(64, 512) * 30
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.allclose(similarity(x.half(), y.half()), similarity(x, y), atol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "features"])
@@ -163,6 +180,13 @@ def test_learning_from_an_earlier_run(run_main, digits):
     refused = run_main(*flags, "--opts", "TRAIN.TEACHER.AT_LEAST", "99.5", "--tag", "strict", ok=False)
     assert refused.status == 2
     assert f"has top-1 {top1:.2f} on the validation images, where 99.50 is the least" in refused.error
+
+
+def test_a_teacher_that_cannot_be_read_ends_all_processes(run_main, digits, tmp_path):
+    flags = *TINY_RUN, "TRAIN.TEACHER.FROM", tmp_path / "none.pth", "--data-path", digits, "--batch-size", "6"
+    refused = run_main(*flags, nproc=2, ok=False, timeout=60)
+    assert refused.status != 0
+    assert "none.pth" in refused.stderr
 
 
 def test_a_teacher_of_other_classes(run_main, digits, tmp_path):

@@ -117,6 +117,16 @@ def test_a_step_that_is_undone_leaves_every_bit(name):
     torch.testing.assert_close(everything(model, optimizer), before, rtol=0, atol=0)
 
 
+def test_an_optimizer_that_is_undone_never_sees_what_is_not_finite():
+    class Looks(torch.optim.SGD):
+        def step(self):
+            assert all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"])
+
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.tensor([1.0, torch.nan, torch.inf])
+    step_and_undo(torch.tensor(False), Looks([parameter], lr=1.0))
+
+
 @pytest.mark.parametrize("name", quick(ALL, FEW))
 def test_a_step_that_is_not_undone_is_the_optimizers_own(name):
     models = small(), small()
@@ -174,6 +184,9 @@ def test_who_is_refused_is_told_why(name):
         (["adamw", "TRAIN.OPTIMIZER.BETAS", "[0.9]"], "TRAIN.OPTIMIZER.BETAS: adamw has two"),
         (["schedule_free_sgd", "TRAIN.OPTIMIZER.BETAS", "[0.9, 0.99]"], "BETAS: schedule_free_sgd has none"),
         (["schedule_free_adamw", "TRAIN.OPTIMIZER.KWARGS", "{rr: 1}"], "schedule_free_adamw does not take rr"),
+        (["lion", "TRAIN.OPTIMIZER.KWARGS", "{fallback_list: [x]}"], "lion does not take fallback_list"),
+        (["adam", "TRAIN.OPTIMIZER.KWARGS", "{capturable: True}"], "TRAIN.OPTIMIZER adam: "),
+        (["schedule_free_adamw", "TRAIN.OPTIMIZER.BETAS", "[0.0, 0.9]"], "the first of BETAS, or MOMENTUM, must be ab"),
         (["schedule_free_adamw", "TRAIN.EMA_DECAY", "0.9"], "TRAIN.EMA_DECAY: schedule_free_adamw averages"),
     ],
 )
@@ -193,6 +206,8 @@ def test_settings_reach_an_optimizer_of_timm():
     group = adan.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9, 0.95), 1e-5, 0.3)
     assert group["foreach"] is True
+    lamb = optimizer_of("lamb", model, "TRAIN.OPTIMIZER.KWARGS", "{max_grad_norm: 1e0}")  # a text, for YAML
+    assert lamb.defaults["max_grad_norm"] == 1.0
     assert optimizer_of("muon", model).param_groups[0]["momentum"] == 0.95  # its own, where timm's factory gives 0.9
     assert optimizer_of("lamb", model).defaults["max_grad_norm"] is None
 

@@ -82,6 +82,11 @@ def test_settings_become_words():
         ({"settings": {"TRAIN.BASE_LR": [1]}, "pruner": "best"}, "pruner best is not one of"),
         ({"settings": {"TRAIN.BASE_LR": [1]}, "flags": 5}, "flags is to say what main.py is started with"),
         ({"variants": {"a": 5}}, "variant a is to be a dict"),
+        ({"variants": ["a"]}, "variants is to be a dict"),
+        ({"variants": {"a/b": {}}}, "variant 'a/b' is to be a name for a folder"),
+        ({"variants": {"a": {}}, "reach": "x"}, "reach x is to be a number"),
+        ({"variants": {"a": {}}, "metric": "loss"}, "metric loss is not one of top1"),
+        ({"variants": {"a": {}}, "flags": "--cfg 'x"}, "flags is to say what main.py is started with"),
     ],
 )
 def test_plans_that_are_wrong(tmp_path, content, message):
@@ -93,11 +98,11 @@ def test_the_table(tmp_path):
     """The best first; a mean and its deviation; the median of times, one that never got there being the slowest."""
     plan = plan_of(tmp_path, variants={"a": {}, "b": {}, "c": {}}, reach=60, metric="top1")
     outcomes = [
-        Outcome("a", 0, {}, "done", 61.0, 60.0, 100.0, 90.0),
-        Outcome("a", 1, {}, "done", 63.0, 62.0, 110.0, 70.0),
-        Outcome("a", 2, {}, "done", 59.0, 58.0, 120.0, math.nan),
-        Outcome("b", 0, {}, "done", 70.0, 70.0, 50.0, 20.0),
-        Outcome("c", 0, {}, "error: it broke"),
+        Outcome("a", 0, {}, [], "done", 61.0, 60.0, 100.0, 90.0),
+        Outcome("a", 1, {}, [], "done", 63.0, 62.0, 110.0, 70.0),
+        Outcome("a", 2, {}, [], "done", 59.0, 58.0, 120.0, math.nan),
+        Outcome("b", 0, {}, [], "done", 70.0, 70.0, 50.0, 20.0),
+        Outcome("c", 0, {}, [], "error: it broke"),
     ]
     assert table_of(plan, outcomes).rows == [
         ["b", "1", "70.00", "70.00", "50", "20"],

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from config import Config
+from reports.results import METRICS
 from utils.errors import UserError, did_you_mean
 from utils.randomness import derive_seed
 
@@ -83,12 +85,11 @@ class Plan:
                 drawn[key] = generator.choice(what)
                 continue
             low, high = what["from"], what["to"]
-            if what.get("whole"):
-                drawn[key] = generator.randint(low, high)
-            elif what.get("log"):
-                drawn[key] = math.exp(generator.uniform(math.log(low), math.log(high)))
+            if what.get("log"):
+                value = math.exp(generator.uniform(math.log(low), math.log(high)))
+                drawn[key] = round(value) if what.get("whole") else value
             else:
-                drawn[key] = generator.uniform(low, high)
+                drawn[key] = generator.randint(low, high) if what.get("whole") else generator.uniform(low, high)
         return drawn
 
 
@@ -122,12 +123,16 @@ def read_plan(path: Path) -> Plan:
         return UserError(f"{path}: {problem}")
 
     variants, settings = content.get("variants") or {}, content.get("settings") or {}
+    if not isinstance(variants, dict):
+        raise refuse("variants is to be a dict of names and their settings, for example {plain: {}}")
     by = content.get("by", "variants" if variants else "grid")
     if by not in WAYS:
         raise refuse(f"by {by} is not one of {', '.join(WAYS)}{did_you_mean(str(by), WAYS)}")
     if (by == "variants") != bool(variants) or bool(settings) == bool(variants):
         raise refuse("say either variants (names of trials, each with its settings), or settings (what each may be)")
     for name, of_variant in variants.items():
+        if not re.fullmatch(r"[^/\\.][^/\\]*", str(name)):
+            raise refuse(f"variant {name!r} is to be a name for a folder")
         if not isinstance(of_variant, dict | None):
             raise refuse(f"variant {name} is to be a dict of settings, {{}} for none")
         check_keys(path, of_variant or {})
@@ -142,10 +147,16 @@ def read_plan(path: Path) -> Plan:
             raise refuse(f"{key} {content[key]} is to be a whole number from 1")
     if content.get("pruner", "none") not in PRUNERS:
         raise refuse(f"pruner {content['pruner']} is not one of {', '.join(PRUNERS)}")
-    if not isinstance(content.get("flags"), str):
-        raise refuse("flags is to say what main.py is started with, for example --cfg FILE --data-path DIR")
+    if content.get("metric", next(iter(METRICS))) not in METRICS:
+        raise refuse(f"metric {content['metric']} is not one of {', '.join(METRICS)}")
+    if not isinstance(content.get("reach", 0), int | float):
+        raise refuse(f"reach {content['reach']} is to be a number: a value of the metric")
+    try:
+        flags = shlex.split(content["flags"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise refuse("flags is to say what main.py is started with, for example --cfg FILE --data-path DIR") from error
     return Plan(
-        shlex.split(content["flags"]),
+        flags,
         by,
         settings,
         {str(name): of_variant or {} for name, of_variant in variants.items()},

@@ -39,6 +39,7 @@ class Outcome:
     """How a run went.
 
     Attributes:
+        flags: of main.py.
         status: ``done``, ``pruned``, or why it failed.
         best, last: of the metric, over its evaluations of whatever weights.
         seconds: of training, to the end and to the value that was to be reached.
@@ -47,6 +48,7 @@ class Outcome:
     trial: str
     seed: int
     settings: dict[str, Any]
+    flags: list[str]
     status: str
     best: float = math.nan
     last: float = math.nan
@@ -64,8 +66,8 @@ class Runs:
     """
 
     def __init__(self, plan: Plan, output: Path, say: Callable[[str], None]):
-        self.plan, self.output, self.say = plan, output, say
-        self.file = output / "trials.jsonl"
+        self.plan, self.output, self.say = plan, output.absolute(), say
+        self.file = self.output / "trials.jsonl"
         self.asked = 0
         self.process: subprocess.Popen | None = None
 
@@ -87,9 +89,11 @@ class Runs:
         """
         for one in self.outcomes():
             if (one.trial, one.seed) == (trial.name, seed):
-                if one.settings != json.loads(json.dumps(trial.settings)):
+                now = json.loads(json.dumps(trial.settings)), self.plan.flags
+                if (one.settings, one.flags) != now:
+                    was = one.settings if one.settings != now[0] else " ".join(one.flags)
                     raise UserError(
-                        f"{self.output} has {trial.name} with other settings, {one.settings}: give the trials another "
+                        f"{self.output} has {trial.name} with other settings, {was}: give the trials another "
                         "--output, or the variant another name"
                     )
                 return one.status in ("done", "pruned")
@@ -105,16 +109,16 @@ class Runs:
             Asked: a signal has come.
         """
         tag = f"{trial.name}_seed_{seed}"
-        several = ["scripts/launch.py", "--standalone", "--nproc_per_node", str(self.plan.processes)]
+        several = [str(ROOT / "scripts" / "launch.py"), "--standalone", "--nproc_per_node", str(self.plan.processes)]
         command = [
-            sys.executable, *(several if self.plan.processes > 1 else []), "main.py", *self.plan.flags,
+            sys.executable, *(several if self.plan.processes > 1 else []), str(ROOT / "main.py"), *self.plan.flags,
             "--output", str(self.output), "--tag", tag, "--opts", *words_of(trial.settings), "SEED", str(seed),
         ]  # fmt: skip
         said = self.output / f"{tag}.txt"
         self.output.mkdir(parents=True, exist_ok=True)
         pruned = False
         with open(said, "wb") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
             if self.asked:
                 self.process.send_signal(self.asked)
             while self.process.poll() is None:
@@ -136,13 +140,13 @@ class Runs:
         return outcome
 
     def _look_at(self, trial: Trial, seed: int, tag: str, status: str) -> Outcome:
-        outcome = Outcome(trial.name, seed, trial.settings, status)
+        outcome = Outcome(trial.name, seed, trial.settings, self.plan.flags, status)
         run = self.results(tag)
         if run is None or not run.measured:
             return outcome
         metric = self.plan.metric or run.measured[0]
         if metric not in run.measured:
-            raise UserError(f"metric {metric} is not measured; {tag} has {', '.join(run.measured)}")
+            return outcome
         values = [(one[metric], 3600 * one.get("hours", math.nan)) for one in run.evaluations if metric in one]
         last_step = run.evaluations[-1]["step"]
         outcome.folder = str(run.folder)

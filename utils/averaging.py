@@ -60,6 +60,8 @@ def newest_epochs(folder: Path, count: int) -> list[str]:
         UserError: there are not so many.
     """
     found = sorted(folder.glob("epoch_*.pth"))
+    if count < 2:
+        raise UserError(f"--last {count}: an average takes two checkpoints at least")
     if len(found) < count:
         raise UserError(
             f"{folder} has {len(found)} checkpoints of epochs, not {count}: train with TRAIN.KEEP_EVERY_EPOCHS 1, or "

@@ -63,6 +63,10 @@ class Calendar:
         """Tell whether an epoch is over after so many steps."""
         return self.epoch_of(steps)[1] == 0
 
+    def until(self, steps: int) -> tuple[Span, ...]:
+        """Give the spans that have begun before so many steps are done."""
+        return tuple(span for span, first in zip(self.spans, self._first_steps, strict=True) if first < steps)
+
     def _span_of(self, step: int) -> tuple[Span, int]:
         number = bisect_right(self._first_steps, step) - 1
         return self.spans[number], self._first_steps[number]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -54,6 +55,17 @@ def _are_classes(value: Any) -> bool:
     )
 
 
+def _are_spans(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and 0 < len(value) <= MOST_CLASSES
+        and all(isinstance(span, list) and len(span) == 3 and all(type(x) is int for x in span) for span in value)
+        and all(0 <= span[0] <= MOST_STEPS and min(span[1:]) > 0 and max(span[1:]) <= MOST_STEPS for span in value)
+        and value[0][0] == 0
+        and all(one[0] < other[0] for one, other in pairwise(value))
+    )
+
+
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= MOST_CLASSES and all(type(number) is int for number in value)
 
@@ -102,6 +114,7 @@ FIELDS = {
     "config": Field("a text of settings", lambda value: isinstance(value, str), needed=True),
     "images": _whole(1, needed=True),
     "global_batch": _whole(1, needed=True, carried=True),
+    "calendar": Field("epochs, steps and images of each of its parts", _are_spans),
     "classes": Field("a list of names, none of them twice", _are_classes),
     "category_ids": Field("a list of whole numbers, as many as classes", _are_ids),
     # What no file says yet

@@ -17,6 +17,11 @@ TASK_OF_HEAD = {
 HEADS_WITH_MASKS = "mask_rcnn", "cascade_mask_rcnn"
 SHARDED_BY = "adamw", "sgd"
 """Optimizers whose steps are the same on a share of each parameter, and which skip by themselves."""
+READ_BY_ONE_SCHEDULE = {
+    "COOLDOWN_EPOCHS": "constant", "COOLDOWN_STEPS": "constant",
+    "CYCLE_EPOCHS": "restarts", "CYCLE_GROWTH": "restarts", "CYCLE_DECAY": "restarts",
+}  # fmt: skip
+"""Settings of TRAIN.LR_SCHEDULER, and the NAME that they are for."""
 DETECTOR = "mask_rcnn"
 """The head of detection where none is named."""
 CROSSFORMERS = {
@@ -57,7 +62,11 @@ def check_together(config: Any, refuse: Refuse) -> None:
         check_curriculum(config, refuse)
     if config.AUG.REPEATS > 1 and config.DATA.SAMPLER != "shuffle":
         refuse("AUG.REPEATS", f"does not go with DATA.SAMPLER {config.DATA.SAMPLER}; set 1")
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+    for key, name in READ_BY_ONE_SCHEDULE.items():
+        scheduler = config.TRAIN.LR_SCHEDULER
+        if scheduler[key] != scheduler.settings()[key].default and name != scheduler.NAME:
+            refuse(f"TRAIN.LR_SCHEDULER.{key}", f"is read by TRAIN.LR_SCHEDULER.NAME {name}, not by {scheduler.NAME}")
+    if not config.TRAIN.WARMUP_STEPS and config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         refuse("TRAIN.WARMUP_EPOCHS", f"must be below TRAIN.EPOCHS {config.TRAIN.EPOCHS}")
     if config.TEST.VIEWS == "five_crop" and not (config.TEST.CROP and config.TEST.CROP_PCT < 1):
         refuse(
@@ -83,10 +92,10 @@ def check_curriculum(config: Any, refuse: Refuse) -> None:
         refuse("TRAIN.CURRICULUM", "counts in epochs; set TRAIN.EPOCHS in place of TRAIN.STEPS")
     if train.AUTO_MICRO_BATCH:
         refuse("TRAIN.AUTO_MICRO_BATCH", "does not go with TRAIN.CURRICULUM; set False")
-    if "DATA.BATCH_SIZE" in changed and train.LR_SCHEDULER.NAME == "step":
+    if "DATA.BATCH_SIZE" in changed and train.LR_SCHEDULER.NAME in ("step", "restarts"):
         refuse(
             "TRAIN.LR_SCHEDULER.NAME",
-            "step counts epochs of one length; with DATA.BATCH_SIZE in TRAIN.CURRICULUM use multistep",
+            "counts epochs of one length, and TRAIN.CURRICULUM changes DATA.BATCH_SIZE; use cosine or multistep",
         )
     if "TRAIN.EMA_DECAY" in changed and not train.EMA_DECAY:
         refuse("TRAIN.CURRICULUM", "changes TRAIN.EMA_DECAY, which is 0: set it for the end of the run")
@@ -107,6 +116,8 @@ def check_loss(train: Any, refuse: Refuse) -> None:
                 refuse(f"TRAIN.TEACHER.{key}", "goes with TRAIN.TEACHER.FROM, which is not set")
     elif teacher.KIND == "features" and train.COMPILE != "none":
         refuse("TRAIN.TEACHER.KIND", "features does not go with TRAIN.COMPILE; use soft or hard")
+    elif teacher.KIND == "features" and train.AUTO_MICRO_BATCH:
+        refuse("TRAIN.TEACHER.KIND", "features compares the images of a whole batch; set TRAIN.AUTO_MICRO_BATCH False")
     if teacher.TEMPERATURE != 1 and teacher.KIND != "soft":
         refuse("TRAIN.TEACHER.TEMPERATURE", f"goes with TRAIN.TEACHER.KIND soft, not with {teacher.KIND}")
 

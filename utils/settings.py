@@ -260,8 +260,17 @@ def assign(config: Section, key: str, value: Any, source: str) -> None:
         keys = ", ".join(f"{key}.{name}" for name in what.declared)
         raise UserError(f"{key} ({source}) is a section, not a setting; it has {keys}")
     section, _, name = key.rpartition(".")
-    value = what.coerce(key, value, source)
+    value = _unshared(what.coerce(key, value, source))
     (get(config, section) if section else config)[name] = expanded(value) if what.path else value
+
+
+def _unshared(value: Any) -> Any:
+    """The same of lists and dicts of its own: what stands twice would be dumped with an alias, and not read again."""
+    if isinstance(value, list):
+        return [_unshared(one) for one in value]
+    if isinstance(value, dict):
+        return type(value)({key: _unshared(one) for key, one in value.items()})
+    return value
 
 
 def _as_node(key: str, values: dict, source: str) -> CfgNode:
