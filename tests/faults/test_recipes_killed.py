@@ -52,7 +52,7 @@ def test_killed_and_carried_on(run_main, digits, ingredient):
     process.communicate()
     newest, _ = Checkpoints(whole.results.parent / "run" / "checkpoints").newest()
     stopped_at = torch.load(newest, weights_only=True)["step"]
-    assert BORDER - 1 <= stopped_at <= BORDER + 2
+    assert BORDER - 3 <= stopped_at <= BORDER + 3  # the save under way is lost with the process
     resumed = run_main(*flags)
     assert [event["step"] for event in resumed.events("start")] == [0, stopped_at]
     a, b = whole.checkpoint(), resumed.checkpoint()
