@@ -36,19 +36,23 @@ class Curriculum:
         """
         check_smallest_batch(self.config, self.model, min(phase.DATA.BATCH_SIZE for *_, phase in self.phases))
         sizes = {str(phase.DATA.IMG_SIZE): phase.DATA.IMG_SIZE for *_, phase in self.phases}
-        for size in sizes.values() if len(self.phases) > 1 else ():
-            check_image_size(self.model, size, device)
         for size in sizes.values() if self.task.teacher else ():
             check_image_size(cast(Any, self.task.teacher), size, device)
-        for *_, phase in self.phases if len(self.phases) > 1 else ():
+        if len(self.phases) == 1:
+            return  # the model itself has been asked before
+        for size in sizes.values():
+            check_image_size(self.model, size, device)
+        for *_, phase in self.phases:
             set_drop_path_rate(self.model, phase, self.config)
         if self.config.TRAIN.COMPILE != "none":
             compile_many_models()  # a graph for each size, in training and in evaluation
 
     def enter(self, step: int) -> str:
         """Train as the phase of this step says; returns a line where a phase begins, or is carried on."""
+        if len(self.phases) == 1:
+            return ""
         number = max(i for i, (begins, *_) in enumerate(self.phases) if begins <= step)
-        if number == self._now or len(self.phases) == 1:
+        if number == self._now:
             return ""
         self._now = number
         _, epoch, phase = self.phases[number]

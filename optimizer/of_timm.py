@@ -88,7 +88,7 @@ def fallback(settings, model: nn.Module) -> list[str]:
                 f"{present[0]}, the last {present[-1]}"
             )
     if settings.KWARGS.get("fallback_no_weight_decay") and hasattr(model, "no_weight_decay"):
-        patterns += sorted(model.no_weight_decay())  # type: ignore[operator]
+        patterns += sorted(cast(Any, model).no_weight_decay())
     return patterns
 
 
